@@ -1,0 +1,197 @@
+"""The contract of a layer: one kind of decoupling between an application and the hardware.
+
+A layer remembers nothing and describes; the engine makes and unmakes. Adding one is a module, a line in ``registry``
+and the conformance suite (docs/checklists/add-a-layer.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from isolat.deadline import Deadline
+from isolat.errors import DeadlineExceeded, IsolatError, Lost
+from isolat.places.base import Command, Exit, Facts, Io, Needs, Place, Proc
+from isolat.places.steps import Step
+from isolat.spec.model import Spec
+
+GUEST = "guest"
+MAIN = "main"
+
+
+class Boundary(StrEnum):
+    """What stands between the application and the host's kernel."""
+
+    NONE = "none"  # host, fake
+    NAMESPACES = "namespaces"  # container
+    KERNEL = "kernel"  # a kernel of its own
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a layer can ever do, as data. The conformance suite derives its expectations from this."""
+
+    boundary: Boundary
+    enter: bool = False  # exec, tty, copy, stacking: CanEnter
+    pause: bool = False
+    snapshot: bool = False
+    resize: bool = False
+    limits: frozenset[str] = frozenset()  # memory, cpus, pids, disk
+    networks: frozenset[str] = frozenset({"host"})
+    volumes: bool = False
+    tmpfs: bool = False
+    read_only: bool = False
+    users: bool = False  # -u
+    hostname: bool = False
+    own_uids: bool = False  # a uid range of its own
+    images: bool = True  # it needs an image as its root
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a place allows a layer now, found by trying."""
+
+    ready: bool
+    reason: str = ""
+    remedy: str = ""
+    versions: tuple[tuple[str, str], ...] = ()
+    warnings: tuple[str, ...] = ()
+    data: tuple[tuple[str, str], ...] = ()  # what the plan needs to know: paths, features
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """An image resolved to what is on disk."""
+
+    digest: str
+    mount: str  # where its EROFS file is mounted on this machine
+    env: tuple[tuple[str, str], ...] = ()
+    command: tuple[str, ...] = ()
+    working_dir: str = ""
+    user: str = ""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A resolved spec: digests instead of names, with its id, directory, uid range and cgroup."""
+
+    id: str
+    spec: Spec
+    dir: str  # the environment's own directory, as the place sees it
+    facts: Facts
+    image: ImageRef | None = None
+    uid_base: int = 0
+    uid_count: int = 65536
+    upper: str = ""  # where the writable layer's subvolume is to be made; empty: a plain directory below dir
+    cgroup: str = ""  # path below each hierarchy's mount
+    libexec: str = ""  # where isolat-init is
+    runtime_root: str = ""  # the OCI runtime's state directory
+    caller_uid: int = 0
+    caller_gid: int = 0
+    command: tuple[str, ...] = ()  # empty for the outer layer of a stack
+    env: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every effect that a layer will have in a place, before anything happens."""
+
+    steps: tuple[Step, ...]
+    guest: Command | None = None  # the process that makes the inside: init, QEMU
+    main: Command | None = None  # the application; None in the outer layer of a stack
+    main_in_guest: bool = True
+    needs: Needs = Needs()
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One layer of an environment's stack, as its handle keeps it: enough to undo it after any crash."""
+
+    layer: str
+    steps: tuple[Step, ...]
+    has_guest: bool
+    main_key: str  # below the place of this frame, e.g. guest/main; empty in an outer frame
+    main: Command | None = None
+    guest: Command | None = None
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+class State(StrEnum):
+    CREATING = "creating"
+    RUNNING = "running"
+    EXITED = "exited"
+    LOST = "lost"
+    REMOVING = "removing"
+
+    @property
+    def alive(self) -> bool:
+        return self in (State.CREATING, State.RUNNING)
+
+
+@dataclass(frozen=True)
+class Status:
+    state: State
+    exit: Exit | None = None
+    reason: str = ""
+
+
+class Layer(ABC):
+    """One kind of virtualization. Synchronous with a Deadline; remembers nothing between calls."""
+
+    name: ClassVar[str]
+    capabilities: ClassVar[Capabilities]
+
+    @abstractmethod
+    def probe(self, place: Place, d: Deadline) -> Probe:
+        """Whether the place allows this layer now, found by trying. Never raises."""
+
+    @abstractmethod
+    def plan(self, job: Job, probe: Probe) -> Plan:
+        """Every effect, as data. Pure: no file, no process. Raises Unsupported for what it cannot do."""
+
+    def start(self, frame: Frame, place: Place, io: Io, d: Deadline) -> Proc | None:
+        """Start the guest, if the plan has one, and the application in it."""
+        if frame.guest is not None:
+            place.spawn(GUEST, frame.guest, Io(), d)
+        if frame.main is None:
+            return None
+        return place.spawn(frame.main_key, frame.main, replace(io, main=True), d)
+
+    def stop(self, frame: Frame, place: Place, grace_s: float, d: Deadline) -> Exit:
+        """Ask (SIGTERM), wait ``grace_s``, kill, reap. ``Exit.forced`` says that it had to be killed."""
+        with contextlib.suppress(IsolatError):
+            place.signal(frame.main_key, signal.SIGTERM, d)
+        with contextlib.suppress(DeadlineExceeded):
+            return place.wait(frame.main_key, d.sooner(grace_s))
+        key = GUEST if frame.has_guest else frame.main_key
+        place.signal(key, signal.SIGKILL, d, everything=not frame.has_guest)
+        return replace(place.wait(frame.main_key, d), forced=True)
+
+    def inspect(self, frame: Frame, place: Place, d: Deadline) -> Status:
+        """Ask the world. LOST is an answer."""
+        try:
+            found = [proc for proc in place.procs(frame.main_key, d) if proc.key == frame.main_key]
+        except Lost as error:
+            return Status(State.LOST, reason=error.message)
+        if not found:
+            return Status(State.CREATING)
+        if found[0].exit is not None:
+            return Status(State.EXITED, exit=found[0].exit)
+        return Status(State.RUNNING)
+
+
+@runtime_checkable
+class CanEnter(Protocol):
+    """Exec, tty, copy and stacking, in one: the environment's inside is a place."""
+
+    def inside(self, frame: Frame, place: Place) -> Place: ...
+
+
+class Rewriter(Protocol):
+    """jvm, wasm, --arch: a pure change of the job, inside another layer."""
+
+    def rewrite(self, job: Job, probe: Probe) -> Job: ...
