@@ -1,0 +1,144 @@
+"""isolatd: the engine of one state root behind its socket.
+
+Started by the first command that needs it, or by systemd (contrib/isolatd.service). Killing it harms nothing: environments
+go on under their keepers, and its successor finds them again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gc
+import grp
+import json
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from types import FrameType
+
+from isolat.daemon.server import Server
+from isolat.engine.engine import Engine
+from isolat.engine.journal import log, log_defect
+from isolat.engine.paths import DEFAULT_ROOT, StateRoot
+from isolat.errors import Conflict, DaemonUnavailable, InternalError, IsolatError, Refused, UsageError
+
+GROUP = "isolat"
+IDLE_S = 600.0
+_SWITCH_S = 0.0005
+_BACKLOG = 1024
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = _options(sys.argv[1:] if argv is None else argv)
+    try:
+        serve(Path(options["root"]), float(options["idle"]), int(options["ready_fd"]))
+    except IsolatError as error:
+        _tell(int(options["ready_fd"]), error)
+        print(f"isolatd: {error.message}", file=sys.stderr)
+        return error.exit_code
+    except Exception as error:
+        log_defect("the start", error)
+        _tell(int(options["ready_fd"]), InternalError(f"the daemon failed: {type(error).__name__}: {error}"))
+        return 125
+    return 0
+
+
+def _options(argv: list[str]) -> dict[str, str]:
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="isolatd", description="The daemon of Isolat.")
+    parser.add_argument("--root", default=os.environ.get("ISOLAT_ROOT", DEFAULT_ROOT), help="the state root")
+    parser.add_argument("--idle", default=str(IDLE_S), help="seconds with nothing running after which it stops")
+    parser.add_argument("--ready-fd", default="-1", help="told 'ok' when the socket answers")
+    parser.add_argument("--foreground", action="store_true", help="never stop by itself (for a service manager)")
+    found = parser.parse_args(argv)
+    for name in ("idle", "ready_fd"):
+        try:
+            float(getattr(found, name))
+        except ValueError:
+            raise UsageError(f"--{name.replace('_', '-')} takes a number") from None
+    idle = "inf" if found.foreground else found.idle
+    return {"root": found.root, "idle": idle, "ready_fd": found.ready_fd}
+
+
+def serve(root: Path, idle_s: float, ready_fd: int) -> None:
+    """Hold the root's lock, recover, answer until told to stop or idle."""
+    if os.geteuid() != 0:
+        raise Refused("the daemon needs root for now", hint="start it with sudo, or use the service")
+    os.umask(0o022)
+    paths = StateRoot(root)
+    _make_root(root)
+    lock = os.open(paths.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Conflict(f"another daemon holds {root}", hint="use that one: it answers on its socket") from None
+    engine = Engine(root)
+    engine.start()
+    listener = _listen(paths)
+    server = Server(engine, listener, idle_s)
+
+    def stop(_: int, __: FrameType | None) -> None:
+        server.stop()
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    sys.setswitchinterval(_SWITCH_S)
+    gc.collect()
+    gc.freeze()  # what was imported is never garbage: later collections need not look at it
+    log(f"isolatd {os.getpid()} serves {root}")
+    _ready(ready_fd)
+    try:
+        server.serve()
+    finally:
+        paths.socket.unlink(missing_ok=True)
+        listener.close()
+        engine.close()
+        log(f"isolatd {os.getpid()} ends")
+
+
+def _make_root(root: Path) -> None:
+    try:
+        root.mkdir(parents=True, exist_ok=True, mode=0o711)
+        os.chmod(root, 0o711)
+    except OSError as error:
+        raise DaemonUnavailable(f"cannot make the state root {root}: {error.strerror}") from error
+
+
+def _listen(paths: StateRoot) -> socket.socket:
+    """The socket, for root and the group isolat only. That group is equivalent to root."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    paths.socket.unlink(missing_ok=True)
+    old = os.umask(0o177)
+    at = os.open(paths.root, os.O_PATH | os.O_CLOEXEC)
+    try:
+        listener.bind(f"/proc/self/fd/{at}/{paths.socket.name}")  # a socket's path may have 107 bytes
+    finally:
+        os.umask(old)
+        os.close(at)
+    with contextlib.suppress(KeyError):
+        os.chown(paths.socket, 0, grp.getgrnam(GROUP).gr_gid)
+        os.chmod(paths.socket, 0o660)
+    listener.listen(_BACKLOG)
+    return listener
+
+
+def _ready(fd: int) -> None:
+    if fd >= 0:
+        with contextlib.suppress(OSError):
+            os.write(fd, b"ok\n")
+        os.close(fd)
+
+
+def _tell(fd: int, error: IsolatError) -> None:
+    if fd >= 0:
+        with contextlib.suppress(OSError):
+            os.write(fd, json.dumps(error.to_json()).encode() + b"\n")
+            os.close(fd)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

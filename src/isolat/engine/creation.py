@@ -1,0 +1,186 @@
+"""From a spec to a handle: names resolved, every layer of the stack planned, nothing touched yet."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from isolat.deadline import Deadline
+from isolat.engine.admission import uid_base
+from isolat.engine.handle import Handle
+from isolat.engine.paths import StateRoot
+from isolat.errors import InternalError, Unsupported, UsageError
+from isolat.layers.base import GUEST, MAIN, Boundary, CanEnter, Frame, ImageRef, Job, Layer, Plan, Probe, State
+from isolat.places.base import Place
+from isolat.spec.model import DEFAULT_CPUS, Spec
+
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+INSIDE_LIBEXEC = "/dev/.isolat"
+INSIDE_DIRECTORY = "/tmp/.isolat"
+Prober = Callable[[Layer, Place, Deadline], Probe]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A spec with what the engine has resolved for it."""
+
+    id: str
+    name: str
+    spec: Spec
+    service: Mapping[str, object]
+    image: ImageRef | None
+    uid_index: int
+    upper: str
+    caller_uid: int = 0
+    caller_gid: int = 0
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A layer of the stack with its plan."""
+
+    layer: Layer
+    plan: Plan
+    frame: Frame
+
+
+def plan_stack(
+    request: Request, stack: tuple[Layer, ...], place: Place, paths: StateRoot, libexec: Path, probe: Prober, d: Deadline
+) -> list[Planned]:
+    """Plan every layer, from the hardware up. Raises Unsupported where a layer is not ready or cannot do it."""
+    planned: list[Planned] = []
+    job = _outer_job(request, place, paths, libexec)
+    for depth, layer in enumerate(stack):
+        last = depth == len(stack) - 1
+        found = probe(layer, place, d)
+        if not found.ready:
+            raise Unsupported(f"the layer {layer.name} is not ready here: {found.reason}", hint=found.remedy)
+        this = job if last else replace(job, command=())
+        plan = layer.plan(this, found)
+        frame = _frame(layer, plan, last)
+        planned.append(Planned(layer, plan, frame))
+        if not last:
+            if not isinstance(layer, CanEnter):
+                raise Unsupported(f"nothing can be put into the layer {layer.name}")
+            place = layer.inside(frame, place)
+            job = _inner_job(job, layer, place)
+    return planned
+
+
+def handle_of(request: Request, planned: list[Planned], boot_id: str) -> Handle:
+    return Handle(
+        id=request.id,
+        name=request.name,
+        image=request.spec.image,
+        digest=request.image.digest if request.image else "",
+        spec=dict(request.service),
+        frames=tuple(item.frame for item in planned),
+        state=State.CREATING,
+        created_ns=time.time_ns(),
+        boot_id=boot_id,
+        uid_index=request.uid_index,
+        upper=request.upper,
+        remove=request.spec.remove,
+        caller_uid=request.caller_uid,
+        labels=request.spec.labels,
+    )
+
+
+def _frame(layer: Layer, plan: Plan, last: bool) -> Frame:
+    if last and plan.main is None:
+        raise InternalError(f"the layer {layer.name} planned no application")
+    inside = plan.guest is not None and plan.main_in_guest
+    return Frame(
+        layer=layer.name,
+        steps=plan.steps,
+        has_guest=plan.guest is not None,
+        main_key=(f"{GUEST}/{MAIN}" if inside else MAIN) if last else "",
+        main=plan.main if last else None,
+        guest=plan.guest,
+    )
+
+
+def _outer_job(request: Request, place: Place, paths: StateRoot, libexec: Path) -> Job:
+    spec, image = request.spec, request.image
+    if spec.cpus == DEFAULT_CPUS:
+        spec = replace(spec, cpus=min(spec.cpus, float(place.facts.cpus)))
+    command = spec.command or (image.command if image else ())
+    if not command:
+        raise UsageError(
+            f"no command to run: neither given nor set in the image {spec.image}",
+            hint=f"isolat run {spec.image} COMMAND",
+        )
+    return Job(
+        id=request.id,
+        spec=spec,
+        dir=str(paths.env(request.id)),
+        facts=place.facts,
+        image=image,
+        uid_base=uid_base(request.uid_index),
+        upper=request.upper,
+        cgroup=f"{paths.cgroup}/{request.id}",
+        libexec=str(libexec),
+        runtime_root=str(paths.runtime),
+        caller_uid=request.caller_uid,
+        caller_gid=request.caller_gid,
+        command=command,
+        env=_environment(spec, image),
+    )
+
+
+def _inner_job(job: Job, layer: Layer, inside: Place) -> Job:
+    """The job of the next layer, as seen from the inside of this one: volumes and the image stay with the outermost."""
+    shared = layer.capabilities.boundary == Boundary.NONE
+    return replace(
+        job,
+        dir=f"{job.dir}/inner" if shared else f"{INSIDE_DIRECTORY}/{job.id}",
+        libexec=job.libexec if shared else INSIDE_LIBEXEC,
+        facts=inside.facts,
+        spec=replace(job.spec, volumes=(), tmpfs=()),
+        upper="",
+        cgroup="",
+    )
+
+
+def _environment(spec: Spec, image: ImageRef | None) -> tuple[tuple[str, str], ...]:
+    merged = {"PATH": DEFAULT_PATH}
+    if image is not None:
+        merged.update(image.env)
+    if spec.tty:
+        merged["TERM"] = "xterm"
+    merged.update(spec.environment)
+    return tuple(merged.items())
+
+
+def describe(planned: list[Planned]) -> tuple[list[dict[str, object]], str]:
+    """A plan as data and as text for people."""
+    data: list[dict[str, object]] = []
+    lines: list[str] = []
+    for item in planned:
+        plan = item.plan
+        data.append(
+            {
+                "layer": item.layer.name,
+                "steps": [step.to_json() for step in plan.steps],
+                "guest": list(plan.guest.argv) if plan.guest else None,
+                "main": list(plan.main.argv) if plan.main else None,
+            }
+        )
+        lines.append(f"layer {item.layer.name}")
+        lines += [f"  {n}. {step.describe()}" for n, step in enumerate(plan.steps, 1)]
+        if plan.guest:
+            lines.append(f"  guest: {' '.join(plan.guest.argv)}")
+        if plan.main:
+            where = " (inside the guest)" if plan.guest and plan.main_in_guest else ""
+            lines.append(f"  main{where}: {' '.join(plan.main.argv)}")
+    return data, "\n".join(lines)
+
+
+def boot_id() -> str:
+    """This boot of the host (random(4)): what ran under another one is lost."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""

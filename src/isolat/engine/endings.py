@@ -1,0 +1,122 @@
+"""How an environment ends: settled when its application has ended, destroyed when it is removed.
+
+Both revert steps of its handle, and reverting what is absent is fine: so the same code undoes a half-made environment,
+one whose daemon was killed in the middle of either, and one whose keeper is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from isolat.checkpoint import checkpoint
+from isolat.deadline import Deadline
+from isolat.engine.environment import Environment
+from isolat.engine.handle import HANDLE, read_exit
+from isolat.engine.journal import log
+from isolat.engine.keepers import Keepers, quit_keeper
+from isolat.errors import IsolatError
+from isolat.layers.base import State
+from isolat.linux import cgroup
+from isolat.places.base import Exit, Facts
+from isolat.places.link import Link
+from isolat.places.steps import Cgroup, Idmap, Mount, Step
+from isolat.places.wired import WiredPlace
+
+_REVERT_S = 60.0
+
+
+class Endings:
+    """Settles and destroys. The caller holds the environment's operation."""
+
+    def __init__(self, keepers: Keepers, facts: Facts) -> None:
+        self._keepers = keepers
+        self.facts = facts
+
+    def settle(self, env: Environment, exit: Exit | None, reason: str = "") -> None:
+        """Record how it ended (LOST without ``exit``), and undo all but what outlives the application."""
+        handle = env.handle
+        if exit is not None:
+            exit = replace(exit, forced=env.forced or exit.forced, oom=self._oom(env))
+        steps = [step for step in handle.frames[0].steps if not _kept(step)]
+        try:
+            self._revert(env, steps)
+        except IsolatError as error:
+            log(f"{env.name}: something was left when it ended, `rm` tries again: {error.message}")
+        env.save(
+            state=State.EXITED if exit is not None else State.LOST,
+            exit=exit,
+            reason=reason or env.stop_reason,
+            started_ns=handle.started_ns or (exit.started_ns if exit else 0),
+        )
+
+    def destroy(self, env: Environment) -> None:
+        """Remove every trace. Raises what could not be undone; the handle then stays, and it can be tried again."""
+        link = env.link
+        if link is not None and not link.closed and link.exit_of(env.handle.main_name) is None:
+            quit_keeper(link, Deadline(10))
+        self._revert(env, list(env.handle.frames[0].steps) if env.handle.frames else [])
+        checkpoint()
+        remove_directory(env.directory)
+        env.handle = env.handle.with_(state=State.REMOVING)
+
+    def _revert(self, env: Environment, steps: list[Step]) -> None:
+        d = Deadline(_REVERT_S)
+        if env.link is None or env.link.closed:
+            # Its mounts went with its keeper's mount namespace.
+            steps = [step for step in steps if not isinstance(step, (Mount, Idmap))]
+            if not steps:
+                return
+            env.link = self._keepers.start(env.directory, env.name, d)
+        link: Link = env.link
+        try:
+            WiredPlace(lambda _: link, self.facts).revert(steps, d)
+        finally:
+            quit_keeper(link, d)
+            env.link = None
+
+    def _oom(self, env: Environment) -> bool:
+        paths = [path for step in env.handle.frames[0].steps if isinstance(step, Cgroup) for path in step.paths]
+        with contextlib.suppress(OSError, ValueError):
+            return cgroup.oom_kills(paths) > 0
+        return False
+
+
+def _kept(step: Step) -> bool:
+    return bool(getattr(step, "keep", False))
+
+
+def recorded_exit(env: Environment) -> Exit | None:
+    """The exit record that its keeper wrote, if the application has ended under it."""
+    return read_exit(env.directory)
+
+
+def remove_directory(directory: Path) -> None:
+    """The environment's directory, its handle last: until then it can be found and removed again."""
+    with contextlib.suppress(FileNotFoundError):
+        for entry in list(directory.iterdir()):
+            if entry.name == HANDLE:
+                continue
+            if entry.is_dir() and not entry.is_symlink():
+                _remove_tree(entry)
+            else:
+                entry.unlink(missing_ok=True)
+        checkpoint()
+        (directory / HANDLE).unlink(missing_ok=True)
+        directory.rmdir()
+
+
+def _remove_tree(path: Path) -> None:
+    for attempt in range(3):
+        try:
+            shutil.rmtree(path)
+            return
+        except FileNotFoundError:
+            return
+        except OSError:
+            if attempt == 2:
+                raise
+            time.sleep(0.05)  # a keeper that is just ending may still write its log

@@ -1,0 +1,80 @@
+"""One environment in the daemon's memory: its handle, the link to its keeper, and the operation that holds it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from isolat.deadline import Deadline
+from isolat.engine.handle import Handle, write_handle
+from isolat.errors import Busy, Lost
+from isolat.layers.base import State
+from isolat.places.link import Link
+
+
+class Environment:
+    """What the engine knows of one environment. ``handle`` is replaced whole, under the operation that changes it."""
+
+    def __init__(self, handle: Handle, directory: Path) -> None:
+        self.handle = handle
+        self.directory = directory
+        self.link: Link | None = None
+        self.ended = threading.Event()  # settled: EXITED or LOST, and on disk
+        self.gone = threading.Event()  # removed, nothing left
+        self.forced = False  # a stop had to kill it
+        self.stop_reason = ""  # why the engine itself ended it
+        self._condition = threading.Condition()
+        self._operation = ""
+        self._execs = 0
+        if not handle.state.alive:
+            self.ended.set()
+
+    @property
+    def id(self) -> str:
+        return self.handle.id
+
+    @property
+    def name(self) -> str:
+        return self.handle.name
+
+    @property
+    def state(self) -> State:
+        return self.handle.state
+
+    @contextmanager
+    def operation(self, what: str, wait: Deadline | None = None) -> Iterator[None]:
+        """Hold the environment for one operation.
+
+        Raises Busy, naming the other operation, at once or when ``wait`` has passed.
+        """
+        with self._condition:
+            if self._operation and (
+                wait is None or not self._condition.wait_for(lambda: not self._operation, wait.left_s())
+            ):
+                raise Busy(f"{self.name} is busy: {self._operation}", hint="try again when that has ended")
+            self._operation = what
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._operation = ""
+                self._condition.notify_all()
+
+    def next_exec_key(self) -> str:
+        with self._condition:
+            self._execs += 1
+            return f"exec-{id(self) & 0xFFFF:x}-{self._execs}"
+
+    def save(self, **changes: object) -> None:
+        """Replace the handle, on disk first."""
+        handle = self.handle.with_(**changes) if changes else self.handle
+        write_handle(self.directory, handle)
+        self.handle = handle
+
+    def live_link(self, _: Deadline) -> Link:
+        """The link to the keeper that holds it. Raises Lost when there is none."""
+        if self.link is None or self.link.closed:
+            raise Lost(f"the keeper of {self.name} is gone", hint=f"`isolat rm {self.name}` removes what is left")
+        return self.link

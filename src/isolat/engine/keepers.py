@@ -1,0 +1,123 @@
+"""Starting a keeper, or finding the one that is there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+from pathlib import Path
+
+from isolat.deadline import Deadline
+from isolat.errors import DaemonUnavailable, IsolatError, Lost, StartFailed
+from isolat.places.base import CgroupMode, Facts
+from isolat.places.link import Link, Reactor
+from isolat.wire import kinds as k
+
+OLDEST_VERSION = 1  # N-1 is spoken to: an upgrade leaves older keepers running
+KEEPER = "isolat-keeper"
+LOCK_HELD = 75
+
+
+class Keepers:
+    """Makes links to keepers, one for each environment."""
+
+    def __init__(self, reactor: Reactor, facts: Facts, native: Path) -> None:
+        self._reactor = reactor
+        self._facts = facts
+        self._program = native / KEEPER
+        if not self._program.exists():
+            raise DaemonUnavailable(
+                f"{self._program} is missing: the C parts are not built",
+                hint="run `make` in the source tree, or set ISOLAT_LIBEXEC",
+            )
+
+    def start(self, directory: Path, name: str, d: Deadline) -> Link:
+        """A new keeper for the environment in ``directory``; the one that is there when it already has one."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        argv = [str(self._program), str(directory)]
+        if self._facts.cgroups.mode == CgroupMode.HYBRID:
+            argv.append("--hybrid")
+        try:
+            with theirs:
+                process = subprocess.Popen(
+                    argv,
+                    stdin=theirs,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    env={"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"},
+                )
+        except OSError as error:
+            ours.close()
+            raise StartFailed(f"{name}: cannot start {self._program}: {error.strerror}", stage="keeper") from error
+        link = self._link(ours, name, process)
+        try:
+            self._greet(link, d)
+        except Lost:
+            if process.wait(5) != LOCK_HELD:
+                raise StartFailed(
+                    f"{name}: its keeper ended at once with code {process.returncode}",
+                    stage="keeper",
+                    details=_tail(directory / "keeper.log"),
+                ) from None
+            found = self.find(directory, name, d)
+            if found is None:
+                raise
+            return found
+        return link
+
+    def find(self, directory: Path, name: str, d: Deadline) -> Link | None:
+        """A link to the keeper that holds this environment, or None when there is none."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        at = os.open(directory, os.O_PATH | os.O_CLOEXEC)
+        try:
+            # Through /proc/self/fd, since a socket's path may be no longer than 107 bytes.
+            sock.connect(f"/proc/self/fd/{at}/keeper.sock")
+        except (FileNotFoundError, ConnectionRefusedError):
+            sock.close()
+            return None
+        finally:
+            os.close(at)
+        link = self._link(sock, name, None)
+        try:
+            self._greet(link, d)
+        except IsolatError:
+            link.close()
+            return None
+        return link
+
+    def _link(self, sock: socket.socket, name: str, process: subprocess.Popen[bytes] | None) -> Link:
+        link = Link(sock, self._reactor, name)
+        link.process = process
+        return link
+
+    def _greet(self, link: Link, d: Deadline) -> None:
+        frame, _ = link.request(k.HELLO, [(k.T_VERSION, k.VERSION), (k.T_ROLE, "daemon")], d)
+        version = frame.int(k.T_VERSION)
+        link.pid = frame.int(k.T_PID)
+        if not OLDEST_VERSION <= version <= k.VERSION:
+            link.close()
+            raise StartFailed(
+                f"the keeper of {link.name} speaks version {version} of the protocol, this Isolat {OLDEST_VERSION} to"
+                f" {k.VERSION}",
+                hint="use the version of Isolat that started it",
+                stage="keeper",
+            )
+
+
+def quit_keeper(link: Link, d: Deadline) -> None:
+    """Let the keeper kill what it holds and end; reaps it when it is our child."""
+    link.on_closed = None
+    with contextlib.suppress(IsolatError):
+        link.request(k.QUIT, [], d)
+    link.close()
+    if link.process is not None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            link.process.wait(5)
+
+
+def _tail(path: Path) -> tuple[str, ...]:
+    try:
+        return tuple(path.read_text(errors="replace").splitlines()[-10:])
+    except OSError:
+        return ()

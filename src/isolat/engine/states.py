@@ -1,0 +1,49 @@
+"""Which verb is legal in which state: one exhaustive table."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from isolat.errors import IllegalState
+from isolat.layers.base import State
+
+
+class Verb(StrEnum):
+    EXEC = "exec"
+    ATTACH = "attach"
+    LOGS = "logs"
+    STOP = "stop"
+    KILL = "kill"
+    WAIT = "wait"
+    REMOVE = "rm"
+    REMOVE_FORCED = "rm --force"
+    INSPECT = "inspect"
+
+
+_ALWAYS = frozenset(State)
+_RUNNING = frozenset({State.RUNNING})
+_ENDED = frozenset({State.EXITED, State.LOST})
+
+LEGAL: dict[Verb, frozenset[State]] = {
+    Verb.EXEC: _RUNNING,
+    Verb.ATTACH: _RUNNING,
+    Verb.LOGS: _ALWAYS,
+    Verb.STOP: _RUNNING | _ENDED,  # stopping what has ended is no error, as in Docker
+    Verb.KILL: _RUNNING,
+    Verb.WAIT: _ALWAYS,
+    Verb.REMOVE: _ENDED | {State.REMOVING},
+    Verb.REMOVE_FORCED: _ALWAYS,
+    Verb.INSPECT: _ALWAYS,
+}
+
+_HINTS: dict[Verb, str] = {
+    Verb.EXEC: "start a new one with `isolat run`",
+    Verb.ATTACH: "see what it wrote with `isolat logs`",
+    Verb.REMOVE: "stop it first with `isolat stop`, or use `isolat rm --force`",
+}
+
+
+def check(verb: Verb, state: State, name: str) -> None:
+    """Raise IllegalState when this verb makes no sense in this state."""
+    if state not in LEGAL[verb]:
+        raise IllegalState(f"cannot {verb} {name}: it is {state}", hint=_HINTS.get(verb, ""))

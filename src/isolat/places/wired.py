@@ -1,0 +1,165 @@
+"""A place at the other end of the wire protocol: this machine through a keeper, or the inside of an environment.
+
+Both are the same class: an inside is reached through the same link, with the path of keys that leads to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from isolat.checkpoint import checkpoint
+from isolat.deadline import Deadline
+from isolat.errors import IsolatError
+from isolat.places.base import Command, Exit, Facts, Io, Place, Proc
+from isolat.places.link import Link, exit_of
+from isolat.places.steps import Idmap, Step
+from isolat.wire import kinds as k
+from isolat.wire.codec import Fields
+
+_CHUNK_BYTES = 256 << 10
+
+
+class WiredPlace:
+    """A place reached over a link. ``to`` is the path of keys to it; empty for the keeper's own machine."""
+
+    def __init__(self, link: Callable[[Deadline], Link], facts: Facts, to: str = "") -> None:
+        """``link`` gives the connection, making it where there is none."""
+        self._link = link
+        self._facts = facts
+        self._to = to
+
+    @property
+    def facts(self) -> Facts:
+        return self._facts
+
+    def full_name(self, key: str) -> str:
+        return f"{self._to}/{key}" if self._to else key
+
+    def _route(self, key: str) -> Fields:
+        """KEY and TO for a key, which may itself be a path (``guest/main``)."""
+        to, _, last = self.full_name(key).rpartition("/")
+        return [(k.T_KEY, last), (k.T_TO, to)] if to else [(k.T_KEY, last)]
+
+    def _here(self) -> Fields:
+        return [(k.T_TO, self._to)] if self._to else []
+
+    def carry_out(self, steps: Sequence[Step], d: Deadline, descriptors: Sequence[int] = ()) -> None:
+        link = self._link(d)
+        for step in steps:
+            fds: list[int] = []
+            if isinstance(step, Idmap) and step.descriptor >= 0:
+                fds = [descriptors[step.descriptor]]
+            link.request(k.STEP, [(k.T_OP, 0), (k.T_STEP, step.to_wire()), *self._here()], d, fds)
+            checkpoint()
+
+    def revert(self, steps: Sequence[Step], d: Deadline) -> None:
+        link, failed = self._link(d), None
+        for step in reversed(steps):
+            checkpoint()
+            try:
+                link.request(k.STEP, [(k.T_OP, 1), (k.T_STEP, step.to_wire()), *self._here()], d)
+            except IsolatError as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
+
+    def spawn(self, key: str, cmd: Command, io: Io, d: Deadline) -> Proc:
+        frame, fds = self._link(d).request(k.SPAWN, [*self._route(key), *_command_fields(cmd), *_io_fields(cmd, io)], d)
+        for fd in fds:
+            os.close(fd)
+        return Proc(key, frame.int(k.T_PID))
+
+    def adopt(self, key: str, client: int, stdin: bool, d: Deadline) -> None:
+        flags = k.F_STDIN if stdin else 0
+        try:
+            self._link(d).request(k.ADOPT, [(k.T_KEY, self.full_name(key)), (k.T_FLAGS, flags)], d, [client])
+        finally:
+            os.close(client)
+
+    def procs(self, prefix: str, d: Deadline) -> list[Proc]:
+        full = self.full_name(prefix)
+        frame, _ = self._link(d).request(k.PROCS, [(k.T_PREFIX, full)], d)
+        cut = len(full) - len(prefix)
+        found = []
+        for row in frame.nested(k.T_PROC):
+            ended = exit_of(row) if row.int(k.T_STATE) else None
+            times = row.ints(k.T_TIME)
+            found.append(Proc(row.text(k.T_KEY)[cut:], row.int(k.T_PID), ended, times[0] if times else 0))
+        return found
+
+    def wait(self, key: str, d: Deadline) -> Exit:
+        return self._link(d).wait_exit(self.full_name(key), d)
+
+    def signal(self, key: str, n: int, d: Deadline, *, everything: bool = False) -> None:
+        scope = k.SCOPE_ALL if everything else k.SCOPE_PROCESS
+        self._link(d).request(k.SIGNAL, [*self._route(key), (k.T_SIGNAL, n), (k.T_SCOPE, scope)], d)
+
+    def resize(self, key: str, rows: int, cols: int, d: Deadline) -> None:
+        fields: Fields = [(k.T_KEY, self.full_name(key)), (k.T_ROWS, rows), (k.T_COLS, cols)]
+        self._link(d).request(k.RESIZE, fields, d)
+
+    def forget(self, key: str, d: Deadline) -> None:
+        link = self._link(d)
+        with contextlib.suppress(IsolatError):
+            link.request(k.FORGET, self._route(key), d)
+        link.forget(self.full_name(key))
+
+    def put(self, path: str, source: int, d: Deadline, mode: int = 0o644) -> None:
+        link, offset = self._link(d), 0
+        while True:
+            data = os.read(source, _CHUNK_BYTES)
+            if not data and offset:
+                return
+            flags = 0 if offset else k.F_TRUNCATE
+            fields: Fields = [
+                (k.T_PATH, path), (k.T_OFFSET, offset), (k.T_DATA, data), (k.T_MODE, mode), (k.T_FLAGS, flags),
+            ]  # fmt: skip
+            link.request(k.WRITE, [*fields, *self._here()], d)
+            offset += len(data)
+            if not data:
+                return
+
+    def get(self, path: str, target: int, d: Deadline) -> None:
+        link, offset = self._link(d), 0
+        while True:
+            fields: Fields = [(k.T_PATH, path), (k.T_OFFSET, offset), (k.T_COUNT, _CHUNK_BYTES)]
+            data = link.request(k.READ, [*fields, *self._here()], d)[0].bytes(k.T_DATA)
+            if not data:
+                return
+            offset += len(data)
+            view = memoryview(data)
+            while view:
+                view = view[os.write(target, view) :]
+
+    def inside(self, key: str, facts: Facts) -> Place:
+        return WiredPlace(self._link, facts, self.full_name(key))
+
+
+def _command_fields(cmd: Command) -> Fields:
+    fields: Fields = [(k.T_ARGV, os.fsencode(arg)) for arg in cmd.argv]
+    fields += [(k.T_ENV, os.fsencode(f"{name}={value}")) for name, value in cmd.env]
+    fields += [(k.T_CGROUP, path) for path in cmd.cgroup_files]
+    for tag, value in ((k.T_CWD, cmd.cwd), (k.T_USER, cmd.user), (k.T_ROOT, cmd.root), (k.T_PIDFILE, cmd.pidfile)):
+        if value:
+            fields.append((tag, os.fsencode(value)))
+    return fields
+
+
+def _io_fields(cmd: Command, io: Io) -> Fields:
+    flags = (
+        (k.F_TTY if io.tty else 0)
+        | (k.F_STDIN if io.stdin else 0)
+        | (k.F_LOG if io.log else 0)
+        | (k.F_MAIN if io.main else 0)
+        | (k.F_CONTROL if cmd.control else 0)
+        | (k.F_LAUNCHER if cmd.pidfile else 0)
+    )
+    return [(k.T_FLAGS, flags), (k.T_ROWS, io.rows), (k.T_COLS, io.cols)]
+
+
+def with_tools(facts: Facts, **tools: str) -> Facts:
+    """The same facts with further tools: for the inside of an environment, where ours are at known paths."""
+    return replace(facts, tools=(*facts.tools, *tools.items()))
