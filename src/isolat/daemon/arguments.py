@@ -1,4 +1,4 @@
-"""The arguments of a request, read with their types: whatever comes, the answer is a value or an error naming the field."""
+"""The arguments of a request, with their types: the answer is a value or an error that names the field."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """isolatd: the engine of one state root behind its socket.
 
-Started by the first command that needs it, or by systemd (contrib/isolatd.service). Killing it harms nothing: environments
-go on under their keepers, and its successor finds them again.
+Started by the first command that needs it, or by systemd (contrib/isolatd.service). Killing it harms nothing:
+environments go on under their keepers, and its successor finds them again.
 """
 
 from __future__ import annotations

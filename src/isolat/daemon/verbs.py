@@ -236,11 +236,11 @@ def events(call: Call) -> Answer:
                 call.send({"row": event.to_json()}, [])
                 last = event.time_ns
         while follow and not call.gone():
-            for event in call.engine.next_events(listener, 0.5):
-                if event is None:
+            for heard in call.engine.next_events(listener, 0.5):
+                if heard is None:
                     return {}
-                if event.time_ns > last:
-                    call.send({"row": event.to_json()}, [])
+                if heard.time_ns > last:
+                    call.send({"row": heard.to_json()}, [])
     finally:
         call.engine.events.leave(listener)
     return {}

@@ -48,7 +48,13 @@ class Planned:
 
 
 def plan_stack(
-    request: Request, stack: tuple[Layer, ...], place: Place, paths: StateRoot, libexec: Path, probe: Prober, d: Deadline
+    request: Request,
+    stack: tuple[Layer, ...],
+    place: Place,
+    paths: StateRoot,
+    libexec: Path,
+    probe: Prober,
+    d: Deadline,
 ) -> list[Planned]:
     """Plan every layer, from the hardware up. Raises Unsupported where a layer is not ready or cannot do it."""
     planned: list[Planned] = []

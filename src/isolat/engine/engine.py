@@ -1,7 +1,7 @@
 """The engine: the verbs on environments.
 
-It makes and unmakes; layers describe. ``create`` is: write the handle, carry out the plan's steps in the place, start;
-``destroy`` is: stop, revert the steps, delete the handle. One operation at a time per environment; different environments
+It makes and unmakes; layers describe. ``create`` is: write the handle, carry out the plan's steps in the place,
+start; ``destroy`` is: stop, revert the steps, delete the handle. One operation at a time per environment; different environments
 never wait for each other.
 """
 

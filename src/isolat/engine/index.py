@@ -1,7 +1,7 @@
 """The index: environments and past events in SQLite, for questions that the state table cannot answer.
 
-Truth is in handles and exit records; this file may be deleted at any time and is rebuilt from them (past events excepted:
-their history starts anew). Writes go through one thread, off the hot path; without fsync, since nothing depends on it.
+Truth is in handles and exit records; this file may be deleted at any time and is rebuilt from them (past events
+excepted: their history starts anew). Writes go through one thread, off the hot path; without fsync, since nothing depends on it.
 """
 
 from __future__ import annotations
@@ -52,9 +52,7 @@ class Index:
             db.executescript(_SCHEMA)
             db.execute("delete from environments")
             db.executemany("insert or replace into environments values (?,?,?,?,?,?,?)", rows)
-            db.execute(
-                "delete from events where rowid <= (select max(rowid) from events) - ?", (_KEPT_EVENTS,)
-            )
+            db.execute("delete from events where rowid <= (select max(rowid) from events) - ?", (_KEPT_EVENTS,))
 
     def _connect(self) -> sqlite3.Connection:
         db = sqlite3.connect(self._path, timeout=5)

@@ -1,7 +1,7 @@
 """What a daemon does first: find every environment again, whatever killed its predecessor, and sweep the rest.
 
-The truth is in handles, exit records and in who holds what now (keepers). What no handle knows is nobody's: directories,
-control groups and runtime states with no handle are removed.
+The truth is in handles, exit records and in who holds what now (keepers). What no handle knows is nobody's:
+directories, control groups and runtime states with no handle are removed.
 """
 
 from __future__ import annotations

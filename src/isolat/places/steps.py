@@ -140,9 +140,7 @@ class Idmap(Step):
         return f"idmap {self.source} at {self.target} ({maps})"
 
     def fields(self) -> Fields:
-        lines: Fields = [
-            (k.T_LINE, [(k.T_UID, a), (k.T_UID, b), (k.T_COUNT, n)]) for a, b, n in self.lines
-        ]
+        lines: Fields = [(k.T_LINE, [(k.T_UID, a), (k.T_UID, b), (k.T_COUNT, n)]) for a, b, n in self.lines]
         return [(k.T_SOURCE, self.source), (k.T_TARGET, self.target), *lines, (k.T_COUNT, self.attributes)]
 
 
