@@ -1,0 +1,130 @@
+"""What the layers that run an image on this kernel share: its root, its writable part, the application's command."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from isolat.errors import InternalError, Unsupported
+from isolat.layers.base import Capabilities, ImageRef, Job
+from isolat.places.base import Command
+from isolat.places.steps import (
+    MOUNT_ATTR_NODEV,
+    MOUNT_ATTR_NOSUID,
+    MOUNT_ATTR_RDONLY,
+    MS_NODEV,
+    MS_NOSUID,
+    MS_RDONLY,
+    Idmap,
+    MakeDir,
+    Mount,
+    Step,
+    Subvolume,
+)
+
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+def image_of(job: Job, layer: str) -> ImageRef:
+    if job.image is None:
+        raise InternalError(f"the layer {layer} was asked to plan {job.id} without an image")
+    return job.image
+
+
+def check(job: Job, layer: str, can: Capabilities) -> None:
+    """Refuse what the spec asks for and the layer's capabilities don't declare."""
+    spec = job.spec
+    if spec.network_mode not in can.networks:
+        have = ", ".join(sorted(can.networks))
+        raise Unsupported(
+            f"the {layer} layer has no network {spec.network_mode!r}; it has: {have}",
+            hint=f"choose one of these with network_mode or --network: {have}",
+        )
+    asked = (
+        ("volumes", bool(spec.volumes), can.volumes),
+        ("tmpfs", bool(spec.tmpfs), can.tmpfs),
+        ("read_only", spec.read_only, can.read_only),
+        ("hostname", bool(spec.hostname), can.hostname),
+        ("user", bool(spec.user), can.users),
+    )
+    refused = [field for field, wanted, possible in asked if wanted and not possible]
+    if refused:
+        raise Unsupported(
+            f"the {layer} layer can't do what is asked for with {', '.join(refused)}",
+            hint="leave that out, or use the container layer",
+        )
+
+
+def check_options(layer: str, options: Mapping[str, Any], known: Collection[str]) -> None:
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise Unsupported(
+            f"the {layer} layer knows no option {', '.join(unknown)}",
+            hint=f"x-{layer} may hold: {', '.join(sorted(known))}",
+        )
+
+
+def binds(job: Job) -> tuple[tuple[str, str], ...]:
+    """What an image without files of its own shows of the place around: (source, target)."""
+    return getattr(job.image, "binds", ())
+
+
+def hostname(job: Job) -> str:
+    return job.spec.hostname or job.id[:12]
+
+
+def upper(job: Job) -> str:
+    """The directory that everything writable is in, bounded as a whole."""
+    return job.upper or f"{job.dir}/upper"
+
+
+def upper_steps(job: Job, owner: int) -> tuple[Step, ...]:
+    """The bounded directory with the overlay's two inside: ``u``, owned by root inside, and ``w``, the kernel's own.
+
+    Without btrfs it is memory: no more than the environment may use anyway, and gone when it ends.
+    """
+    at = upper(job)
+    if job.upper:
+        bounded: tuple[Step, ...] = (Subvolume(at, job.spec.disk_bytes, keep=True),)
+    else:
+        size = min(job.spec.disk_bytes, job.spec.memory_bytes or job.spec.disk_bytes)
+        bounded = (
+            MakeDir(at, 0o711, keep=True),
+            Mount("tmpfs", at, "tmpfs", f"size={size},mode=0711", MS_NOSUID | MS_NODEV),
+        )
+    return (*bounded, MakeDir(f"{at}/u", 0o755, owner, owner, keep=True), MakeDir(f"{at}/w", 0o700, keep=True))
+
+
+def root_steps(
+    job: Job, image: ImageRef, *, idmap: tuple[tuple[int, int, int], ...] = (), read_only: bool = False
+) -> tuple[Step, ...]:
+    """An overlay of the image and the upper directory at ``dir/rootfs``.
+
+    An overlay itself can't be idmapped (EINVAL), the EROFS under it can. ``volatile``: no sync on unmount, because
+    nobody mounts this upper directory again after a crash of the host.
+    """
+    at, lower, rootfs = upper(job), image.mount, f"{job.dir}/rootfs"
+    steps: list[Step] = []
+    if idmap:
+        lower = f"{job.dir}/image"
+        attributes = MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV
+        steps += [MakeDir(lower, 0o700), Idmap(image.mount, lower, idmap, attributes)]
+    options = f"lowerdir={lower},upperdir={at}/u,workdir={at}/w,volatile"
+    flags = MS_NODEV | (MS_RDONLY if read_only else 0)
+    return (*steps, MakeDir(rootfs, 0o755), Mount("overlay", rootfs, "overlay", options, flags))
+
+
+def main(job: Job, host: str) -> Command:
+    """The application's command; what neither spec nor image says is the place's own."""
+    image = job.image
+    env = {"PATH": PATH}
+    env |= {"HOSTNAME": host} if host else {}
+    env |= {"TERM": "xterm"} if job.spec.tty else {}
+    env |= dict(image.env) if image else {}
+    env |= dict(job.env)
+    return Command(
+        argv=job.command,
+        env=tuple(env.items()),
+        cwd=job.spec.working_dir or (image.working_dir if image else "") or "/",
+        user=job.spec.user or (image.user if image else ""),
+    )
