@@ -32,15 +32,16 @@ _REVERT_S = 60.0
 class Endings:
     """Settles and destroys. The caller holds the environment's operation."""
 
-    def __init__(self, keepers: Keepers, facts: Facts) -> None:
+    def __init__(self, keepers: Keepers, facts: Facts, cgroup_parent: str) -> None:
         self._keepers = keepers
+        self._cgroup_parent = cgroup_parent
         self.facts = facts
 
     def settle(self, env: Environment, exit: Exit | None, reason: str = "") -> None:
         """Record how it ended (LOST without ``exit``), and undo all but what outlives the application."""
         handle = env.handle
         if exit is not None:
-            exit = replace(exit, forced=env.forced or exit.forced, oom=self._oom(env))
+            exit = replace(exit, forced=env.forced or exit.forced, oom=self.oom(env))
         steps = [step for step in handle.frames[0].steps if not _kept(step)]
         try:
             self._revert(env, steps)
@@ -78,11 +79,12 @@ class Endings:
             quit_keeper(link, d)
             env.link = None
 
-    def _oom(self, env: Environment) -> bool:
-        paths = [path for step in env.handle.frames[0].steps if isinstance(step, Cgroup) for path in step.paths]
-        with contextlib.suppress(OSError, ValueError):
-            return cgroup.oom_kills(paths) > 0
-        return False
+    def oom(self, env: Environment) -> bool:
+        """Whether the kernel killed something in its control group for want of memory. Asked before that is removed."""
+        if not any(isinstance(step, Cgroup) for step in env.handle.frames[0].steps):
+            return False
+        usage = cgroup.read_usage(self.facts.cgroups, f"{self._cgroup_parent}/{env.id}")
+        return bool(usage.oom_kills)
 
 
 def _kept(step: Step) -> bool:

@@ -78,7 +78,7 @@ class Engine:
         self._reactor = Reactor()
         self._libexec = native_dir()
         self._keepers = Keepers(self._reactor, self.facts, self._libexec)
-        self._endings = Endings(self._keepers, self.facts)
+        self._endings = Endings(self._keepers, self.facts, self.paths.cgroup)
         self._workers = Workers()
         self._timers = Timers()
         self._index = Index(self.paths.index)
@@ -325,7 +325,8 @@ class Engine:
             if env.state != State.RUNNING:
                 return
             if env.handle.remove:
-                env.handle = env.handle.with_(exit=replace(exit, forced=env.forced), reason=env.stop_reason)
+                exit = replace(exit, forced=env.forced, oom=self._endings.oom(env))
+                env.handle = env.handle.with_(exit=exit, reason=env.stop_reason)
                 self._publish("die", env, code=exit.code, signal=exit.signal)
                 self._destroy(env)
                 return

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from isolat.errors import StoreError
+from isolat.errors import ProtocolError, StoreError
 from isolat.layers.base import Frame, State
 from isolat.places.base import Command, Exit
 from isolat.places.steps import step_from_json
@@ -114,7 +114,7 @@ def read_handle(directory: Path) -> Handle | None:
         return None
     try:
         return handle_from_json(json.loads(text))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ProtocolError) as error:
         raise StoreError(f"the handle {directory / HANDLE} is damaged: {error}") from error
 
 
