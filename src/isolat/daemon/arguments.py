@@ -50,8 +50,8 @@ class Arguments:
         return value
 
     def number(self, name: str, default: float | None, least: float, most: float) -> float | None:
-        value = self.raw(name, default)
-        if value is default:
+        value: Any = self.raw(name, default)
+        if value is None or value is default:
             return default
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
             raise UsageError(f"{self._verb}: {name} must be a number from {least:g} to {most:g}, not {value!r:.80}")

@@ -176,6 +176,7 @@ class Engine:
             request = self._request(spec, service, caller, id, name, index)
             planned = self._plan(request, d)
             env = Environment(handle_of(request, planned, self._boot_id), self.paths.env(id))
+            env.spec = spec
             env.directory.mkdir(mode=0o711)
             checkpoint()
             env.save()
@@ -368,7 +369,7 @@ class Engine:
 
     def _rearm(self, env: Environment) -> None:
         """The clock of --timeout, which goes on over restarts of the daemon."""
-        timeout_s = parse(env.handle.spec).timeout_s
+        timeout_s = env.spec.timeout_s
         if timeout_s is None:
             return
         left_s = timeout_s - (time.time_ns() - env.handle.started_ns) / 1e9
@@ -467,7 +468,7 @@ class Engine:
         states.check(Verb.STOP, env.state, env.name)
         if not env.state.alive:
             return env
-        grace_s = parse(env.handle.spec).stop_grace_s if grace_s is None else grace_s
+        grace_s = env.spec.stop_grace_s if grace_s is None else grace_s
         with env.operation("stopping"):
             layer, place = self._last(env)
             self._publish("stop", env)

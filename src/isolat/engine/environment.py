@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 from isolat.deadline import Deadline
@@ -12,6 +13,8 @@ from isolat.engine.handle import Handle, write_handle
 from isolat.errors import Busy, Lost
 from isolat.layers.base import State
 from isolat.places.link import Link
+from isolat.spec.model import Spec
+from isolat.spec.parse import parse
 
 
 class Environment:
@@ -42,6 +45,11 @@ class Environment:
     @property
     def state(self) -> State:
         return self.handle.state
+
+    @cached_property
+    def spec(self) -> Spec:
+        """The spec of its handle, read again after a restart of the daemon."""
+        return parse(self.handle.spec)
 
     @contextmanager
     def operation(self, what: str, wait: Deadline | None = None) -> Iterator[None]:

@@ -40,11 +40,12 @@ class Index:
 
     def start(self, rows: Iterable[Row]) -> None:
         """Open, making the file anew where it is missing or damaged, and fill it from the handles."""
+        known = list(rows)
         try:
-            self._rebuild(rows := list(rows))
+            self._rebuild(known)
         except sqlite3.DatabaseError:
             self._path.unlink(missing_ok=True)
-            self._rebuild(rows)
+            self._rebuild(known)
         self._thread.start()
 
     def _rebuild(self, rows: list[Row]) -> None:

@@ -73,6 +73,7 @@ class ImageRef:
     command: tuple[str, ...] = ()
     working_dir: str = ""
     user: str = ""
+    binds: tuple[tuple[str, str], ...] = ()  # (directory of this machine, where it appears), read-only
 
 
 @dataclass(frozen=True)
