@@ -151,9 +151,7 @@ def test_no_bytes_make_the_assembler_raise_anything_else(data: bytes) -> None:
         pass
 
 
-@given(
-    st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=20), max_size=5), st.integers(1, 7)
-)
+@given(st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=20), max_size=5), st.integers(1, 7))
 def test_a_message_survives_any_fragmentation(message: dict[str, Any], step: int) -> None:
     data = api.pack(message)
     assembler = api.Assembler()
