@@ -1,0 +1,321 @@
+"""The images of one state root: each one EROFS file, named by what is in it.
+
+::
+
+    STATE_ROOT/images/DIGEST.erofs   the root file system, flattened, uncompressed (read under emulation too)
+    STATE_ROOT/images/DIGEST.json    its defaults; written last, so an image is there whole or not at all
+    STATE_ROOT/images/names.json     name:tag to digest, replaced by rename
+    STATE_ROOT/images/lock           flock: names, and which build directories belong to somebody alive
+    STATE_ROOT/images/tmp/PID-xxxx   one build; its `lock` is held by the builder and by its children
+    STATE_ROOT/mounts/DIGEST         the image mounted, once for the whole machine
+
+The digest covers the EROFS file's bytes, the defaults and the builder's version: the same content made twice is one
+image. Nothing that was not made here is ever mounted: a crafted EROFS is an attack on the kernel.
+
+A killed build leaves nothing for long: its lock is free as soon as the last of its processes is gone, and then the
+next opening of the store removes its directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+
+from isolat.deadline import NEVER, Deadline
+from isolat.errors import Conflict, NotFound, StoreError, UsageError
+from isolat.images import erofs
+from isolat.images.image import Image, ImageConfig, digest_prefix, image_from_json, parse_name
+from isolat.linux import mounts
+
+BUILDER_VERSION = 1
+Progress = Callable[[str, int, int], None]
+_BOOTSTRAP_HINT = "make one with `isolat image bootstrap debian` (needs the network), or `isolat image bootstrap host`"
+
+
+def no_progress(text: str, done: int, total: int) -> None:
+    """The callback for those who don't watch."""
+
+
+class ImageStore:
+    """Safe for several threads and processes at once."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.dir = root / "images"
+        self.mounts_dir = root / "mounts"
+        self._mounted: dict[str, int] = {}  # digest to device number
+        self._thread_lock = threading.Lock()
+        for directory in (self.root, self.dir, self._tmp, self.mounts_dir):
+            directory.mkdir(mode=0o711, parents=True, exist_ok=True)
+        self.sweep()
+
+    @property
+    def _tmp(self) -> Path:
+        return self.dir / "tmp"
+
+    def file(self, digest: str) -> Path:
+        """The EROFS file, for a machine's disk or for sending elsewhere."""
+        return self.dir / f"{digest}.erofs"
+
+    # Names
+
+    def list(self) -> list[Image]:
+        """Every image, the youngest first."""
+        names = self._names_by_digest()
+        found = [self._read(path.stem, names) for path in self.dir.glob("*.json") if path.stem != "names"]
+        return sorted(found, key=lambda image: (-image.created_ns, image.digest))
+
+    def resolve(self, name: str) -> Image:
+        """The image of that name or digest. Raises NotFound, and Conflict when a digest's beginning is ambiguous."""
+        with contextlib.suppress(UsageError):
+            digest = self._names().get(parse_name(name))
+            if digest is not None:
+                return self._read(digest, self._names_by_digest())
+        prefix = digest_prefix(name)
+        found = sorted(self.dir.glob(f"{prefix}*.json")) if prefix else []
+        found = [path for path in found if path.name != "names.json"]
+        if len(found) > 1:
+            raise Conflict(f"{name} is the beginning of {len(found)} images' digests", hint="give more digits")
+        if not found:
+            raise NotFound(f"there is no image {name!r}", hint=_BOOTSTRAP_HINT)
+        return self._read(found[0].stem, self._names_by_digest())
+
+    def tag(self, digest: str, names: Collection[str]) -> None:
+        """Let the names mean this image from now on."""
+        full = [parse_name(name) for name in names]
+        with self._lock():
+            self._write_names({**self._names(), **dict.fromkeys(full, digest)})
+
+    def remove(self, name: str, in_use: Collection[str] = ()) -> Image:
+        """Remove a name, and with the last name (or when given by digest) the image.
+
+        Raises Conflict while an environment uses it: ``in_use`` has the digests that are.
+        """
+        image = self.resolve(name)
+        by_digest = name not in image.names and digest_prefix(name) != "" and image.digest.startswith(digest_prefix(name))
+        gone = set(image.names) if by_digest else {parse_name(name)}
+        last = gone >= set(image.names)
+        if last and image.digest in in_use:
+            raise Conflict(
+                f"image {name} is in use", hint="`isolat ps -a` shows by what; remove those environments first"
+            )
+        with self._lock():
+            self._write_names({key: value for key, value in self._names().items() if key not in gone})
+            if last:
+                self._delete(image.digest)
+        return image
+
+    def _delete(self, digest: str) -> None:
+        with self._thread_lock:
+            self._mounted.pop(digest, None)
+            target = self.mounts_dir / digest
+            mounts.umount(str(target), mounts.MNT_DETACH)
+            with contextlib.suppress(FileNotFoundError):
+                target.rmdir()
+        (self.dir / f"{digest}.json").unlink(missing_ok=True)
+        self.file(digest).unlink(missing_ok=True)
+
+    def _names(self) -> dict[str, str]:
+        try:
+            data = json.loads((self.dir / "names.json").read_text())
+            return {str(name): str(digest) for name, digest in data.items()}
+        except FileNotFoundError:
+            return {}
+        except (ValueError, AttributeError) as error:
+            raise StoreError(
+                f"the table of image names is damaged: {self.dir}/names.json: {error}",
+                hint="remove that file: the images stay and can be named by their digests",
+            ) from error
+
+    def _names_by_digest(self) -> dict[str, tuple[str, ...]]:
+        found: dict[str, tuple[str, ...]] = {}
+        for name, digest in sorted(self._names().items()):
+            found[digest] = (*found.get(digest, ()), name)
+        return found
+
+    def _write_names(self, names: dict[str, str]) -> None:
+        _replace(self.dir / "names.json", json.dumps(names, indent=1, sort_keys=True))
+
+    def _read(self, digest: str, names: dict[str, tuple[str, ...]]) -> Image:
+        try:
+            text = (self.dir / f"{digest}.json").read_text()
+        except FileNotFoundError:
+            raise NotFound(f"image {digest[:12]} has gone", hint=_BOOTSTRAP_HINT) from None
+        return image_from_json(text, names.get(digest, ()))
+
+    # Builds
+
+    @contextlib.contextmanager
+    def build(self) -> Iterator[Build]:
+        """A private directory for one build, removed at its end whatever happens."""
+        with self._lock():
+            path = self._tmp / f"{os.getpid()}-{secrets.token_hex(8)}"
+            path.mkdir(mode=0o711)
+            lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield Build(self, path, lock)
+        finally:
+            _remove_tree(path)
+            os.close(lock)
+
+    def add_tree(
+        self,
+        tree: Path,
+        config: ImageConfig,
+        names: Collection[str] = (),
+        d: Deadline = NEVER,
+        progress: Progress = no_progress,
+    ) -> Image:
+        """Make an image of a directory, which is only read."""
+        with self.build() as build:
+            progress("packing the file system", 0, 1)
+            return build.finish(tree, config, names, d)
+
+    def sweep(self) -> None:
+        """Remove the builds whose processes are all gone, and EROFS files that never became an image."""
+        with self._lock():
+            for path in self._tmp.iterdir():
+                if _abandoned(path):
+                    _remove_tree(path)
+            for file in self.dir.glob("*.erofs"):
+                if not file.with_suffix(".json").exists():
+                    file.unlink(missing_ok=True)
+
+    def adopt(self, file: Path, config: ImageConfig, names: Collection[str]) -> Image:
+        """Move a finished EROFS file of ours in. The description comes last: it is what makes it an image."""
+        digest = _digest(file, config)
+        full = [parse_name(name) for name in names]
+        with self._lock():
+            description = self.dir / f"{digest}.json"
+            if not description.exists():
+                file.chmod(0o400)
+                os.chown(file, os.geteuid(), os.getegid())
+                image = Image(digest, config, file.stat().st_size, time.time_ns())
+                file.rename(self.file(digest))
+                _replace(description, json.dumps(image.to_json(), indent=1))
+            self._write_names({**self._names(), **dict.fromkeys(full, digest)})
+        return self._read(digest, self._names_by_digest())
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        descriptor = os.open(self.dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    # Mounts
+
+    def mount(self, digest: str) -> Path:
+        """Where the image is mounted, once for the whole machine. Raises StoreError, NotFound."""
+        target = self.mounts_dir / digest
+        known = self._mounted.get(digest)
+        with contextlib.suppress(OSError):
+            if known is not None and target.stat().st_dev == known:
+                return target
+        with self._thread_lock, self._lock():
+            if not self._is_ours(digest):
+                self._mount(digest)
+            self._mounted[digest] = target.stat().st_dev
+        return target
+
+    def _is_ours(self, digest: str) -> bool:
+        """Whether exactly our file is mounted there. Raises StoreError when it is something else."""
+        target = self.mounts_dir / digest
+        entry = mounts.mounted_at(str(target))
+        if entry is None:
+            return False
+        source = mounts.backing_file(entry)
+        if entry.fstype != "erofs" or os.path.realpath(source) != os.path.realpath(self.file(digest)):
+            raise StoreError(
+                f"{target} is occupied: {entry.fstype} from {entry.source} is mounted there",
+                stage="mount",
+                hint=f"unmount it: umount {target}",
+            )
+        return True
+
+    def _mount(self, digest: str) -> None:
+        file = self.file(digest)
+        if not file.exists():
+            raise NotFound(f"image {digest[:12]} has gone", hint=_BOOTSTRAP_HINT)
+        target = self.mounts_dir / digest
+        target.mkdir(mode=0o755, exist_ok=True)
+        mounts.mount_erofs(str(file), str(target))
+
+    def unmount_all(self) -> None:
+        """Unmount every image of this root. Environments that still use one keep it until they end."""
+        with self._thread_lock, self._lock():
+            self._mounted.clear()
+            mounts.umount_below(str(self.mounts_dir))
+            for directory in self.mounts_dir.iterdir():
+                with contextlib.suppress(OSError):
+                    directory.rmdir()
+
+
+class Build:
+    """One build: a private directory, and the lock that its children hold with it."""
+
+    def __init__(self, store: ImageStore, path: Path, lock: int) -> None:
+        self.store = store
+        self.path = path
+        self.lock = lock
+
+    def finish(self, tree: Path, config: ImageConfig, names: Collection[str], d: Deadline) -> Image:
+        """Pack ``tree`` and take it into the store."""
+        out = self.path / "out"
+        erofs.pack(tree, out, d, pass_fds=(self.lock,))
+        return self.store.adopt(out / erofs.FILE, config, names)
+
+
+def _digest(file: Path, config: ImageConfig) -> str:
+    with file.open("rb") as stream:
+        content = hashlib.file_digest(stream, "sha256").hexdigest()
+    key = {"builder": BUILDER_VERSION, "content": content, "config": config.to_json()}
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write whole or not at all; on disk before it is seen, because a description stands for a file of megabytes."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    with temporary.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.rename(path)
+
+
+def _abandoned(path: Path) -> bool:
+    """Whether nobody holds the build's lock any more."""
+    try:
+        descriptor = os.open(path / "lock", os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def _remove_tree(path: Path) -> None:
+    """Remove a build's directory; twice, should a dying child have put a last file into it."""
+    for _ in range(3):
+        mounts.umount_below(str(path))
+        shutil.rmtree(path, ignore_errors=True)
+        if not path.exists():
+            return
+        time.sleep(0.05)
+    raise StoreError(f"could not remove the build directory {path}", stage="sweep", hint="remove it by hand")
