@@ -41,6 +41,7 @@ TOOLS = (
     "unshare",
     "virsh",
     "wasmtime",
+    "youki",
 )
 _FILESYSTEMS = ("btrfs", "erofs", "fuse", "overlay", "squashfs", "xfs")
 _NAMESPACES = {"user": "userns", "pid": "pidns", "net": "netns", "cgroup": "cgroupns", "time": "timens"}
