@@ -1,0 +1,97 @@
+/* The channel to what was spawned with CONTROL. It is hostile: it may answer what we asked, and nothing else. */
+#include "node.h"
+
+#include <errno.h>
+#include <signal.h>
+#include <stdio.h>
+
+static void guest_frame(Peer *peer, Frame *f);
+static void guest_gone(Peer *peer);
+
+static const PeerOps guest_ops = {guest_frame, guest_gone, NULL};
+
+void guest_open(Proc *p, int fd)
+{
+    p->control = peer_new(fd, PEER_GUEST, &guest_ops);
+    p->control->proc = p;
+}
+
+void guest_kill(Proc *p) { proc_kill(p, SIGKILL, SCOPE_PROCESS); }
+
+/* No way to it any more: it must not go on without us. What it held is settled when it has been reaped. */
+static void guest_gone(Peer *peer)
+{
+    Proc *g = peer->proc;
+    if (!g)
+        return;
+    g->control = NULL;
+    if (g->pid > 0)
+        guest_kill(g);
+}
+
+static bool greet(Proc *g, const Frame *f)
+{
+    if (g->greeted || f->id || f->nfds || field_int(f->body, T_VERSION, 0) != WIRE_VERSION)
+        return false;
+    g->greeted = true;
+    proc_check_start(g);
+    return true;
+}
+
+static bool within(int64_t v, int max) { return v >= 0 && v <= max; }
+
+static bool guest_exited(Proc *g, const Frame *f)
+{
+    char name[MAX_NAME + 1];
+    int64_t code = field_int(f->body, T_CODE, -1), signal = field_int(f->body, T_SIGNAL, 0);
+    const char *key = field_text(f->body, T_KEY);
+    if (snprintf(name, sizeof name, "%s/%s", g->name, key) >= (int)sizeof name)
+        return false;
+    Proc *p = proc_find(name);
+    if (!p || !p->remote || p->guest != g || p->state != ALIVE || f->nfds || !within(code, 255) || !within(signal, 64))
+        return false;
+    proc_exited(p, (int)code, (int)signal);
+    return true;
+}
+
+static bool guest_says(Proc *g, Frame *f)
+{
+    if (f->kind == K_HELLO)
+        return greet(g, f);
+    if (!g->greeted)
+        return false;
+    if (f->kind == K_OK || f->kind == K_ERROR)
+        return forward_reply(g, f);
+    return f->kind == K_EXITED && guest_exited(g, f);
+}
+
+static void guest_frame(Peer *peer, Frame *f)
+{
+    Proc *g = peer->proc;
+    if (g && !guest_says(g, f) && !peer->gone)
+        peer_close(peer);
+}
+
+/* It has been reaped. What it said before still counts: its last EXITED may be in the socket. */
+void guest_ended(Proc *g)
+{
+    Failure f;
+    for (int i = 0; i < 64 && g->control && peer_read(g->control); i++)
+        ;
+    if (g->control)
+        peer_close(g->control);
+    forward_guest_gone(g);
+    for (Proc *p = node.procs; p; p = p->next) {
+        if (!p->name || p->guest != g)
+            continue;
+        p->guest = NULL;
+        if (p->state == STARTING) {
+            failure_set(&f, "guest", ESRCH, 0, "the guest ended");
+            proc_failed(p, &f);
+        } else if (p->state == ALIVE) {
+            proc_exited(p, 128 + SIGKILL, SIGKILL);
+        }
+    }
+    if (node.keeper)
+        kill_strays();
+}

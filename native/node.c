@@ -1,0 +1,174 @@
+#include "node.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/signalfd.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+enum { IDLE_MS = 60000, RETRY_MS = 20 };
+
+Node node = {.dir = -1};
+static Source children;
+
+static void controller_gone(Peer *p);
+static const PeerOps controller_ops = {request_handle, controller_gone, NULL};
+
+Peer *controller_new(int fd) { return peer_new(fd, PEER_CONTROLLER, &controller_ops); }
+
+static void controller_gone(Peer *p)
+{
+    (void)p;
+    node.idle_since_ms = ticks_ms();
+    if (!node.keeper)
+        node_quit(NULL, 0);
+}
+
+static void children_ready(Source *s, uint32_t events)
+{
+    struct signalfd_siginfo info;
+    (void)events;
+    while (read(s->fd, &info, sizeof info) > 0)
+        ;
+    proc_reap();
+}
+
+void node_open(void)
+{
+    sigset_t set;
+    static const int deaf[] = {SIGPIPE, SIGHUP, SIGINT, SIGTERM, SIGQUIT, SIGUSR1, SIGUSR2, SIGALRM};
+    for (size_t i = 0; i < LEN(deaf); i++)
+        signal(deaf[i], SIG_IGN);
+    sigemptyset(&set);
+    sigaddset(&set, SIGCHLD);
+    sigprocmask(SIG_SETMASK, &set, NULL);
+    umask(022);
+    loop_open();
+    int fd = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
+    if (fd < 0 || (fd = move_high(fd)) < 0)
+        die("signalfd");
+    source_init(&children, fd, children_ready);
+    source_watch(&children, EPOLLIN);
+    node.idle_since_ms = ticks_ms();
+}
+
+static bool is_ours(pid_t pid)
+{
+    for (Proc *p = node.procs; p; p = p->next)
+        if (!p->remote && (p->pid == pid || p->launcher == pid))
+            return true;
+    return false;
+}
+
+static bool launching(void)
+{
+    for (Proc *p = node.procs; p; p = p->next)
+        if (p->launcher)
+            return true;
+    return false;
+}
+
+void kill_strays(void)
+{
+    char path[64], text[8192], *at = text, *end;
+    bool found = false;
+    snprintf(path, sizeof path, "/proc/self/task/%d/children", getpid());
+    /* while a launcher works, its process is still unknown to us: it would look like an orphan */
+    if ((!launching() || node.quitting) && read_small(path, text, sizeof text) > 0)
+        for (long pid; (pid = strtol(at, &end, 10)) > 1 && end != at; at = end)
+            if (!is_ours((pid_t)pid) || node.quitting) {
+                kill((pid_t)pid, SIGKILL);
+                found = true;
+            }
+    node.sweeping = found; /* their children become ours in turn */
+}
+
+void node_quit(Peer *who, uint32_t id)
+{
+    if (node.quitting) {
+        if (who)
+            reply_ok(who, id);
+        return;
+    }
+    node.quitting = true;
+    node.quit_by_ms = ticks_ms() + GRACE_MS;
+    node.quitter = (Waiter){who ? who->serial : 0, id};
+}
+
+static bool childless(void)
+{
+    siginfo_t info;
+    return waitid(P_ALL, 0, &info, WEXITED | WNOHANG | WNOWAIT) && errno == ECHILD;
+}
+
+static bool settled(void)
+{
+    for (Proc *p = node.procs; p; p = p->next)
+        if (p->state == DRAINING)
+            return false;
+    for (Peer *c = peers; c; c = c->next)
+        if (c->closing)
+            return false;
+    return true;
+}
+
+static void quit_turn(int64_t now_ms, int *timeout_ms)
+{
+    kill_all(SIGKILL);
+    if (!node.pid1)
+        kill_strays();
+    proc_reap();
+    if ((childless() && settled()) || now_ms >= node.quit_by_ms) {
+        Peer *who = peer_by_serial(node.quitter.peer);
+        if (who)
+            reply_ok(who, node.quitter.id);
+        node.done = true;
+    }
+    *timeout_ms = RETRY_MS;
+}
+
+static bool clients_closing(void)
+{
+    for (Peer *c = peers; c; c = c->next)
+        if (c->kind == PEER_CLIENT && c->closing)
+            return true;
+    return false;
+}
+
+/* A keeper outlives its controllers for its MAIN's sake, and for nothing else. */
+static void keeper_turn(int64_t now_ms, int *timeout_ms)
+{
+    if (peer_count(PEER_CONTROLLER))
+        return;
+    if (node.main_ended) {
+        if (!clients_closing())
+            node_quit(NULL, 0);
+    } else if (!node.main_spawned) {
+        int64_t left = node.idle_since_ms + IDLE_MS - now_ms;
+        if (left <= 0)
+            node_quit(NULL, 0);
+        else if (*timeout_ms < 0 || left < *timeout_ms)
+            *timeout_ms = (int)left;
+    }
+}
+
+void node_run(void)
+{
+    while (!node.done) {
+        int timeout = -1;
+        int64_t now = ticks_ms();
+        proc_tick(now, &timeout);
+        if (node.keeper && !node.quitting)
+            keeper_turn(now, &timeout);
+        if (node.quitting)
+            quit_turn(now, &timeout);
+        if (!node.done)
+            loop_turn(timeout);
+    }
+}

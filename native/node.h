@@ -1,0 +1,144 @@
+/* A node holds processes for controllers: the keeper outside, the init inside. One code, few differences (Node). */
+#ifndef ISOLAT_NODE_H
+#define ISOLAT_NODE_H
+
+#include "peer.h"
+#include "spawn.h"
+
+enum { PROCS_MAX = 1024, CONTROLLERS_MAX = 16, CLIENTS_MAX = 256, WAITERS_MAX = 4, TAIL_BYTES = 2048, GUEST_LOG_BYTES = 64 << 10 };
+enum { GRACE_MS = 2000 };
+
+typedef enum {
+    PENDING,  /* clients wait for it */
+    STARTING, /* forked, or asked of a guest */
+    ALIVE,
+    DRAINING, /* it ended; its output has not */
+    ENDED,
+} State;
+
+typedef struct {
+    uint32_t peer, id;
+} Waiter;
+
+typedef struct {
+    Source source; /* first */
+    Proc *proc;
+    int stream;
+} Stream;
+
+struct Proc {
+    Proc *next;
+    char *name; /* full */
+    State state;
+    int flags;
+    pid_t pid, launcher; /* 0: none. A remote process's pid is its guest's number */
+    bool remote;
+    Proc *guest;         /* the first hop of a remote process, while that one is alive */
+    int code, signal;
+    int64_t started_ns, ended_ns;
+    int64_t deadline_ms; /* of the last draining; 0: none */
+    /* start */
+    Source result;       /* the child's Failure, or end of file after its exec */
+    bool launched, early; /* the launcher is through; the process ended before we knew that it had started */
+    char *pidfile;
+    Waiter waiters[WAITERS_MAX];
+    int nwaiters;
+    int master;    /* of a pty that goes up with the OK; -1 */
+    Peer *control; /* to what was spawned with CONTROL */
+    bool greeted;  /* it has said HELLO */
+    /* streams */
+    Stream out[2];
+    int ended_streams; /* bits: EOF was told */
+    Stream in;
+    bool stdin_eof;
+    Buf leftover; /* what clients that left had sent */
+    char *tail;   /* a launcher's or a guest's last words, while it starts */
+    size_t tail_len, guest_logged;
+};
+
+typedef struct {
+    const char *role;
+    bool keeper;         /* holds streams, clients and logs; the init passes descriptors on instead */
+    bool pid1;
+    bool quitting, done; /* done: leave the main loop */
+    int64_t quit_by_ms, idle_since_ms;
+    Waiter quitter;
+    int dir;             /* the keeper's DIR, else -1 */
+    bool sweeping;       /* orphans of a dead guest are being killed */
+    Proc *procs;
+    int nprocs;
+    bool main_spawned, main_ended;
+} Node;
+extern Node node;
+
+/* node.c */
+void node_open(void);
+void node_run(void); /* until node.done */
+void node_quit(Peer *who, uint32_t id); /* SIGKILL what is held, reap, answer, leave */
+void kill_strays(void); /* children that we did not spawn: orphans of a guest that is no pid namespace */
+void kill_all(int signal);
+Peer *controller_new(int fd);
+
+/* proc.c: the table, and the life of a process */
+Proc *proc_find(const char *name);
+Proc *proc_new(const char *name, int flags); /* NULL: too many */
+void proc_drop(Proc *p);
+void proc_started(Proc *p);
+void proc_check_start(Proc *p); /* started, as far as its kind demands? */
+void proc_failed(Proc *p, const Failure *f);
+void proc_refused(Proc *p, Buf *body); /* the same, with the ERROR that a guest gave */
+void proc_exited(Proc *p, int code, int signal);
+void proc_finish(Proc *p);
+void proc_wait_start(Proc *p, Peer *who, uint32_t id);
+bool proc_spawn(Proc *p, Command *c, int rows, int cols, Failure *f);
+bool proc_streams(Proc *p, int fds[3]); /* pipes: the child's ends into fds, ours into the streams */
+void proc_reap(void);
+void proc_kill(Proc *p, int signal, int scope);
+void proc_tick(int64_t now_ms, int *timeout_ms);
+void proc_put_exit(Buf *b, const Proc *p);
+
+/* stream.c: output to log and clients, stdin from clients */
+void stream_output(Proc *p, int stream, int fd);
+void stream_input(Proc *p, int fd);
+void stream_watch(Proc *p);
+void stream_drain(Proc *p); /* what is there now, then close */
+void stream_close(Proc *p);
+bool stream_set_master(Proc *p, int fd);
+void client_attach(Proc *p, int fd, bool with_stdin);
+void client_started(Proc *p);
+bool client_any(Proc *p);
+void client_handle(Peer *c, Frame *f);
+void client_tell_exit(Proc *p);
+void client_tell_failure(Proc *p, Buf *body);
+
+/* guest.c */
+void guest_open(Proc *p, int fd);
+void guest_kill(Proc *p);
+void guest_ended(Proc *p);
+
+/* forward.c */
+Proc *forward_guest(const char *to, const char **rest); /* NULL: no such guest */
+bool forward(Proc *guest, const char *rest, const Frame *f, Peer *who, uint32_t id, Proc *spawned, int flags);
+bool forward_reply(Proc *guest, Frame *f);
+void forward_guest_gone(Proc *guest);
+
+/* requests.c */
+void request_handle(Peer *who, Frame *f);
+void client_request(Peer *who, Frame *f); /* SIGNAL or RESIZE for its own process */
+void reply_ok(Peer *who, uint32_t id);
+void reply_error(Peer *who, uint32_t id, const char *stage, int error, const char *message);
+void put_failure(Buf *b, const Failure *f, const char *tail, size_t n);
+
+/* files.c, steps.c */
+void file_read(Peer *who, const Frame *f);
+void file_write(Peer *who, const Frame *f);
+bool remove_tree(const char *path); /* absolute, with a parent of its own */
+bool steps_do(Span body, int *fds, int nfds, Failure *f, Buf *tail);
+
+/* logs.c */
+void log_open(int64_t bytes, int files);
+void log_write(int stream, const void *p, size_t n);
+void log_guest(const void *p, size_t n);
+void log_exit(const Proc *p);
+
+#endif

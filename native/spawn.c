@@ -1,0 +1,219 @@
+#include "spawn.h"
+
+#include "user.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <grp.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/prctl.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define DEFAULT_PATH "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+#ifndef SYS_close_range
+#define SYS_close_range 436
+#endif
+#define CLOSE_RANGE_SETS_CLOEXEC 4
+
+bool spawn_resets_oom;
+
+void failure_set(Failure *f, const char *stage, int error, int code, const char *format, ...)
+{
+    va_list args;
+    memset(f, 0, sizeof *f);
+    f->error = error;
+    f->code = code;
+    snprintf(f->stage, sizeof f->stage, "%s", stage);
+    va_start(args, format);
+    vsnprintf(f->message, sizeof f->message, format, args);
+    va_end(args);
+}
+
+void child_reset(void)
+{
+    struct sigaction standard = {.sa_handler = SIG_DFL};
+    sigset_t none;
+    for (int n = 1; n < 65; n++)
+        sigaction(n, &standard, NULL);
+    sigemptyset(&none);
+    sigprocmask(SIG_SETMASK, &none, NULL);
+    umask(022);
+}
+
+static const char *env_get(char **env, const char *name)
+{
+    size_t n = strlen(name);
+    for (; *env; env++)
+        if (!strncmp(*env, name, n) && (*env)[n] == '=')
+            return *env + n + 1;
+    return NULL;
+}
+
+static bool fits(int error) { return error == ENOENT || error == ENOTDIR; }
+
+static void exec_failed(Failure *f, const char *name, int error, bool searched)
+{
+    int code = error == ENOENT ? 127 : 126;
+    if (searched && error == ENOENT)
+        failure_set(f, "exec", error, code, "exec: \"%.200s\": not found in PATH", name);
+    else
+        failure_set(f, "exec", error, code, "exec: \"%.200s\": %s", name, strerror(error));
+}
+
+/* A candidate that exists but can't be run is remembered, while a later directory may still have a good one. */
+static int exec_search(char **argv, char **env, const char *path)
+{
+    char candidate[4096];
+    int worst = ENOENT;
+    for (const char *at = path; at; at = strchr(at, ':') ? strchr(at, ':') + 1 : NULL) {
+        int n = (int)strcspn(at, ":");
+        if (snprintf(candidate, sizeof candidate, "%.*s/%s", n ? n : 1, n ? at : ".", argv[0]) >= (int)sizeof candidate)
+            continue;
+        execve(candidate, argv, env);
+        if (!fits(errno))
+            worst = errno;
+        if (errno != EACCES && !fits(errno))
+            break;
+    }
+    return worst;
+}
+
+void exec_command(char **argv, char **env, Failure *f)
+{
+    const char *path = env_get(env, "PATH");
+    if (!argv[0] || !argv[0][0])
+        return exec_failed(f, argv[0] ? argv[0] : "", ENOENT, false);
+    if (strchr(argv[0], '/')) {
+        execve(argv[0], argv, env);
+        return exec_failed(f, argv[0], errno, false);
+    }
+    exec_failed(f, argv[0], exec_search(argv, env, path ? path : DEFAULT_PATH), true);
+}
+
+/* Every source above 9 first, so that none of them is overwritten before it has been moved. */
+static bool place_fds(const Command *c)
+{
+    int from[4];
+    for (int i = 0; i < 4; i++) {
+        from[i] = c->fds[i];
+        if (from[i] < 0 && i < 3 && (from[i] = open("/dev/null", (i ? O_WRONLY : O_RDONLY) | O_CLOEXEC)) < 0)
+            return false;
+        if (from[i] >= 0 && (from[i] = fcntl(from[i], F_DUPFD_CLOEXEC, 10)) < 0)
+            return false;
+    }
+    for (int i = 0; i < 4; i++)
+        if (from[i] >= 0 && dup2(from[i], i) < 0)
+            return false;
+    syscall(SYS_close_range, c->fds[3] >= 0 ? 4 : 3, ~0U, CLOSE_RANGE_SETS_CLOEXEC);
+    return true;
+}
+
+static bool enter_place(const Command *c, Failure *f)
+{
+    for (char **g = c->cgroups; g && *g; g++)
+        if (!write_file(*g, "0")) {
+            failure_set(f, "cgroup", errno, 0, "cgroup: \"%.200s\": %s", *g, strerror(errno));
+            return false;
+        }
+    if (*c->root && (chroot(c->root) || chdir("/"))) {
+        failure_set(f, "chroot", errno, 0, "chroot: \"%.200s\": %s", c->root, strerror(errno));
+        return false;
+    }
+    return true;
+}
+
+static bool enter_cwd(const char *cwd, Failure *f)
+{
+    if (!*cwd)
+        cwd = "/";
+    if (!chdir(cwd) || (errno == ENOENT && !mkdir_p(cwd, 0755) && !chdir(cwd)))
+        return true;
+    failure_set(f, "cwd", errno, 0, "cwd: \"%.200s\": %s", cwd, strerror(errno));
+    return false;
+}
+
+static bool become(const Command *c, User *u, Failure *f)
+{
+    const char *missing = user_find(c->user, u);
+    if (missing) {
+        failure_set(f, "user", ENOENT, 0, "user: \"%.100s\": %s", c->user, missing);
+        return false;
+    }
+    if (!enter_cwd(c->cwd, f))
+        return false;
+    if (u->change && (setgroups(u->ngroups, u->groups) || setgid(u->gid) || setuid(u->uid))) {
+        failure_set(f, "user", errno, 0, "user: \"%.100s\": %s", c->user, strerror(errno));
+        return false;
+    }
+    return true;
+}
+
+/* The environment with HOME, when it was not given. The child's memory ends with exec, so nothing is freed. */
+static char **with_home(char **env, const char *home)
+{
+    size_t n = 0;
+    if (env_get(env, "HOME"))
+        return env;
+    while (env[n])
+        n++;
+    char **more = calloc(n + 2, sizeof *more);
+    char *text = malloc(strlen(home) + 8);
+    if (!more || !text)
+        return env;
+    memcpy(more, env, n * sizeof *more);
+    sprintf(text, "HOME=%s", *home ? home : "/");
+    more[n] = text;
+    return more;
+}
+
+static void child(const Command *c, pid_t parent, Failure *f)
+{
+    User u;
+    setsid();
+    child_reset();
+    if (spawn_resets_oom)
+        write_file("/proc/self/oom_score_adj", "0");
+    if (!place_fds(c))
+        return failure_set(f, "stdio", errno, 0, "stdio: %s", strerror(errno));
+    if (c->tty && ioctl(0, TIOCSCTTY, 0))
+        return failure_set(f, "tty", errno, 0, "tty: %s", strerror(errno));
+    if (!enter_place(c, f) || !become(c, &u, f))
+        return;
+    /* after setuid, which clears it; the parent may have died before */
+    if (c->orphan_dies && (prctl(PR_SET_PDEATHSIG, SIGKILL), getppid() != parent))
+        _exit(70);
+    exec_command(c->argv, with_home(c->env, u.home), f);
+}
+
+pid_t spawn(const Command *c, int *result)
+{
+    int pipe_fds[2];
+    Failure f;
+    pid_t parent = getpid();
+    if (pipe2(pipe_fds, O_CLOEXEC))
+        return -1;
+    pid_t pid = fork();
+    if (!pid) {
+        int report = fcntl(pipe_fds[1], F_DUPFD_CLOEXEC, 10);
+        signal(SIGPIPE, SIG_IGN);
+        child(c, parent, &f);
+        write_all(report, &f, sizeof f);
+        _exit(f.code ? f.code : 125);
+    }
+    int e = errno;
+    close(pipe_fds[1]);
+    *result = pipe_fds[0];
+    if (pid < 0)
+        close_fd(result);
+    else
+        fcntl(*result, F_SETFL, O_NONBLOCK);
+    errno = e;
+    return pid;
+}

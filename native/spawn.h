@@ -1,0 +1,29 @@
+/* Start one process: everything between fork and exec, and how a failure of it comes back. */
+#ifndef ISOLAT_SPAWN_H
+#define ISOLAT_SPAWN_H
+
+#include "base.h"
+
+typedef struct {
+    char **argv, **env, **cgroups;
+    const char *cwd, *user, *root;
+    bool tty, orphan_dies; /* fds[0] is its controlling terminal; SIGKILL when we die */
+    int fds[4];            /* stdin, stdout, stderr, the control channel; -1: /dev/null, or none */
+} Command;
+
+/* What a child that could not be started writes into its CLOEXEC pipe. Smaller than PIPE_BUF: all or nothing. */
+typedef struct {
+    int32_t error, code;
+    char stage[16];
+    char message[400];
+} Failure;
+
+void failure_set(Failure *f, const char *stage, int error, int code, const char *format, ...)
+    __attribute__((format(printf, 5, 6)));
+
+pid_t spawn(const Command *c, int *result); /* result: a descriptor with a Failure, or end of file after exec */
+void exec_command(char **argv, char **env, Failure *f); /* returns only when it failed */
+void child_reset(void); /* signals as a program expects them */
+extern bool spawn_resets_oom;
+
+#endif
