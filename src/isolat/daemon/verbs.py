@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import isolat
+from isolat import __version__
 from isolat.daemon.arguments import Arguments
 from isolat.deadline import Deadline
 from isolat.engine import states
@@ -39,7 +39,7 @@ class Call:
 
 
 def ping(call: Call) -> Answer:
-    return {"version": isolat.__version__, "pid": os.getpid(), "root": str(call.engine.paths.root)}
+    return {"version": __version__, "pid": os.getpid(), "root": str(call.engine.paths.root)}
 
 
 def run(call: Call) -> Answer:
@@ -262,7 +262,7 @@ def bootstrap_(call: Call) -> Answer:
     image = bootstrap(
         call.engine.images,
         call.args.text("image"),
-        include=tuple(call.args.texts("include")),
+        include=tuple(call.args.texts("include")) or None,
         arch=call.args.text("arch", ""),
         progress=progress,
     )
