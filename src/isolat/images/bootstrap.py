@@ -139,9 +139,7 @@ def parse_suite(name: str) -> str:
     """The suite that ``debian`` or ``debian:SUITE`` means. Raises UsageError."""
     distribution, colon, suite = name.partition(":")
     if distribution != "debian":
-        raise UsageError(
-            f"can't bootstrap {name!r}", hint="`debian`, `debian:SUITE` and `host` can be made here"
-        )
+        raise UsageError(f"can't bootstrap {name!r}", hint="`debian`, `debian:SUITE` and `host` can be made here")
     if not colon or suite == "latest":
         return DEFAULT_SUITE
     if suite not in SUITES:
@@ -164,7 +162,9 @@ def check_architecture(arch: str) -> str:
     if wanted == native or (native, wanted) == ("amd64", "i386"):
         return wanted
     if wanted not in _QEMU:
-        raise UsageError(f"there is no architecture {arch!r}", hint=f"the architectures are: {', '.join(sorted(_QEMU))}")
+        raise UsageError(
+            f"there is no architecture {arch!r}", hint=f"the architectures are: {', '.join(sorted(_QEMU))}"
+        )
     if not Path(f"/proc/sys/fs/binfmt_misc/qemu-{_QEMU[wanted]}").exists():
         raise Unsupported(
             f"this machine is {native} and can't run {wanted}, which installing its packages requires",

@@ -7,6 +7,9 @@ emulated, too.
 Reproducible means: a fixed UUID, the files' own times (compiled Python files hold their source's time, so times are
 kept, not flattened), and no time of making. mkfs.erofs 1.5 writes that into the superblock; it is set to zero here,
 which is why the superblock's checksum is left out (Documentation/filesystems/erofs.rst: it is optional).
+
+/dev in an image is always an empty directory: OCI runtimes have followed links that an image had placed there
+(CVE-2025-52565, CVE-2026-88264, CVE-2026-88265), and every layer mounts its own over it.
 """
 
 from __future__ import annotations
@@ -36,7 +39,8 @@ def pack_argv(tree: Path, out: Path) -> list[str]:
     return [
         *(sys.executable, "-I", "-S", str(Path(confine.__file__).resolve())),
         *("--read", str(tree), "--write", str(out), "--user", "--"),
-        *("mkfs.erofs", "--quiet", "-x2", "-U", _UUID, "-E", "nosbcrc", str(out / FILE), str(tree)),
+        *("mkfs.erofs", "--quiet", "-x2", "-U", _UUID, "-E", "nosbcrc", "--exclude-regex=^dev/."),
+        *(str(out / FILE), str(tree)),
     ]
 
 
@@ -46,6 +50,8 @@ def pack(tree: Path, out: Path, d: Deadline, pass_fds: Sequence[int] = ()) -> No
         raise Unsupported(
             "could not find mkfs.erofs, which is required to make an image", hint="apt-get install erofs-utils"
         )
+    if (tree / "dev").is_symlink():
+        raise StoreError("the image's /dev is a link: runtimes would follow it", stage="packing the file system")
     out.mkdir(mode=0o700)
     os.chown(out, _NOBODY, _NOBODY)
     child.run(pack_argv(tree, out), "packing the file system", d.sooner(_PACK_S), pass_fds=pass_fds)

@@ -11,7 +11,6 @@ tools, not for keeping. Files below /usr that only root may read stay closed to 
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -71,7 +70,9 @@ _COPIED = ("etc/ld.so.cache", "etc/ld.so.conf", "etc/debian_version", "etc/proto
 _CERTIFICATES = Path("usr/share/ca-certificates/mozilla")
 
 
-def bootstrap(store: ImageStore, d: Deadline = NEVER, progress: Progress = no_progress, machine: Path = Path("/")) -> Image:
+def bootstrap(
+    store: ImageStore, d: Deadline = NEVER, progress: Progress = no_progress, machine: Path = Path("/")
+) -> Image:
     """Make the image ``host`` from ``machine`` (elsewhere than / only in tests)."""
     if not (machine / "usr/bin").is_dir():
         raise Unsupported(f"{machine}usr/bin is not there: the image `host` needs this machine's /usr")
@@ -120,7 +121,7 @@ def _tops(tree: Path, machine: Path) -> list[tuple[str, str]]:
     for name in _TOPS:
         source = machine / name
         if source.is_symlink():
-            (tree / name).symlink_to(os.readlink(source))
+            (tree / name).symlink_to(source.readlink())
         elif source.is_dir():
             _directory(tree / name, 0o755)
             binds.append((f"/{name}", f"/{name}"))
@@ -136,8 +137,8 @@ def _copy_public(tree: Path, machine: Path) -> None:
         _file(tree / "etc/ld.so.conf.d" / source.name, source.read_bytes())
     _directory(tree / "etc/alternatives", 0o755)
     for link in sorted(machine.glob("etc/alternatives/*")):
-        if link.is_symlink() and os.readlink(link).startswith("/usr/"):
-            (tree / "etc/alternatives" / link.name).symlink_to(os.readlink(link))
+        if link.is_symlink() and link.readlink().is_relative_to("/usr"):
+            (tree / "etc/alternatives" / link.name).symlink_to(link.readlink())
     if (machine / "usr/lib/os-release").is_file():
         (tree / "etc/os-release").symlink_to("../usr/lib/os-release")
     _certificates(tree, machine)

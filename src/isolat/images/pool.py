@@ -212,5 +212,3 @@ def _knows_btrfs() -> bool:
     if "\tbtrfs\n" in Path("/proc/filesystems").read_text():
         return True
     return any(Path("/lib/modules", os.uname().release).glob("kernel/fs/btrfs/btrfs.ko*"))
-
-

@@ -101,7 +101,9 @@ class ImageStore:
         Raises Conflict while an environment uses it: ``in_use`` has the digests that are.
         """
         image = self.resolve(name)
-        by_digest = name not in image.names and digest_prefix(name) != "" and image.digest.startswith(digest_prefix(name))
+        by_digest = (
+            name not in image.names and digest_prefix(name) != "" and image.digest.startswith(digest_prefix(name))
+        )
         gone = set(image.names) if by_digest else {parse_name(name)}
         last = gone >= set(image.names)
         if last and image.digest in in_use:

@@ -52,9 +52,9 @@ def run(
             pass_fds=tuple(pass_fds),
         )
     except OSError as error:
-        raise StoreError(f"{what}: could not start {argv[0]}: {error.strerror}", stage=what, errno=error.errno or 0) from (
-            error
-        )
+        raise StoreError(
+            f"{what}: could not start {argv[0]}: {error.strerror}", stage=what, errno=error.errno or 0
+        ) from (error)
     try:
         tail = _follow(child, what, d, on_line)
         code = child.wait()

@@ -194,9 +194,7 @@ def _has_mount_setattr() -> bool:
 
 def _landlock_version() -> int:
     libc = ctypes.CDLL(None, use_errno=True)
-    return int(
-        libc.syscall(_SYS_LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), _LANDLOCK_CREATE_RULESET_VERSION)
-    )
+    return int(libc.syscall(_SYS_LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), _LANDLOCK_CREATE_RULESET_VERSION))
 
 
 def _opens(path: str) -> bool:

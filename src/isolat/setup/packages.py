@@ -34,12 +34,16 @@ class Package:
 PACKAGES = (
     Package("crun", "the OCI runtime that makes containers", Group.REQUIRED, "container", "crun"),
     Package("erofs-utils", "packs an image into one file (mkfs.erofs)", Group.REQUIRED, command="mkfs.erofs"),
-    Package("btrfs-progs", "makes the pool with a disk limit for each environment", Group.REQUIRED, command="mkfs.btrfs"),
+    Package(
+        "btrfs-progs", "makes the pool with a disk limit for each environment", Group.REQUIRED, command="mkfs.btrfs"
+    ),
     Package("mmdebstrap", "makes Debian images from packages", Group.REQUIRED, command="mmdebstrap"),
     Package("debian-archive-keyring", "the keys that Debian's packages are checked with", Group.REQUIRED),
     Package("gpg", "lets mmdebstrap find the right key", Group.REQUIRED, command="gpg"),
     Package("mount", "mounts inside a root that mmdebstrap is making", Group.REQUIRED, command="mount"),
-    Package("util-linux", "unshare and setpriv confine the programs that build images", Group.REQUIRED, command="setpriv"),
+    Package(
+        "util-linux", "unshare and setpriv confine the programs that build images", Group.REQUIRED, command="setpriv"
+    ),
     Package("runc", "another OCI runtime (--oci-runtime runc)", Group.OPTIONAL, "container", "runc"),
     Package("qemu-user-static", "runs programs of other architectures (--arch)", Group.OPTIONAL),
     Package("gcc", "compiles the C core and looks for defects in it", Group.DEVELOP, command="gcc"),
@@ -62,7 +66,7 @@ def package_of_command(command: str) -> Package | None:
 
 
 def parse_installed(text: str) -> dict[str, str]:
-    """Name to version of what is installed, from ``dpkg-query -W -f '${Package} ${db:Status-Status} ${Version}\\n'``."""
+    """Name to version of what is installed, from lines of dpkg-query: package, status, version."""
     found = {}
     for line in text.splitlines():
         name, _, rest = line.partition(" ")
