@@ -423,7 +423,7 @@ static bool run(Step *s, char **argv)
 static bool run_do(Step *s)
 {
     char **argv = field_list(s->body, T_ARGV);
-    return argv[0] ? run(s, argv) : refused(s, "ARGV is missing", "");
+    return !argv[0] || run(s, argv); /* without ARGV there is only something to undo */
 }
 
 static bool run_undo(Step *s)

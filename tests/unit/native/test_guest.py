@@ -197,7 +197,7 @@ def test_a_launcher_leaves_its_process_to_the_keeper(c: Controller, tmp_path: Pa
 
 def test_a_launchers_process_that_dies_at_once_is_not_missed(c: Controller, tmp_path: Path) -> None:
     pidfile = tmp_path / "pid"
-    script = "((exit 5) & echo $! > $0); sleep 0.2"
+    script = "((sleep 0.1; exit 5) & echo $! > $0); sleep 0.4"
     c.spawn("p", [SH, "-c", script, str(pidfile)], flags=k.F_LAUNCHER, more=[(k.T_PIDFILE, bytes(pidfile))])
     assert c.exited("p").int(k.T_CODE) == 5
 
