@@ -99,7 +99,7 @@ static bool remove_children(int fd, int top, int depth)
 {
     struct dirent *e;
     bool fine = true;
-    DIR *d = fdopendir(fcntl(fd, F_DUPFD_CLOEXEC, 10));
+    DIR *d = fdopendir(openat(fd, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC)); /* with a position of its own */
     if (!d)
         return false;
     while ((e = readdir(d)))

@@ -127,11 +127,14 @@ static int first_controller(void)
 
 static void own_mounts(bool hybrid)
 {
+    int home = open("/proc/self/ns/mnt", O_RDONLY | O_CLOEXEC);
     if (unshare(CLONE_NEWNS)) {
+        close_fd(&home);
         if (errno == EPERM)
             return; /* not root: a keeper of ordinary processes works without */
         die("unshare");
     }
+    node.home_mounts = move_high(home);
     if (mount("none", "/", NULL, MS_REC | MS_PRIVATE, NULL))
         die("making the mounts private");
     /* crun 1.8 refuses hybrid cgroups where it sees the unified hierarchy */

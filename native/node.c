@@ -14,7 +14,7 @@
 
 enum { IDLE_MS = 60000, RETRY_MS = 20 };
 
-Node node = {.dir = -1};
+Node node = {.dir = -1, .home_mounts = -1};
 static Source children;
 
 static void controller_gone(Peer *p);

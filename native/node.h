@@ -64,6 +64,7 @@ typedef struct {
     int64_t quit_by_ms, idle_since_ms;
     Waiter quitter;
     int dir;             /* the keeper's DIR, else -1 */
+    int home_mounts;     /* the mount namespace that the keeper came from, else -1 */
     bool sweeping;       /* orphans of a dead guest are being killed */
     Proc *procs;
     int nprocs;

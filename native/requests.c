@@ -75,7 +75,7 @@ static void step(Peer *who, Frame *f)
     if (steps_do(f->body, f->fds, f->nfds, &failure, &tail)) {
         reply_ok(who, f->id);
     } else {
-        put_failure(&body, &failure, (char *)tail.p, tail.len);
+        put_failure(&body, &failure, (char *)tail.p + tail.at, buf_size(&tail));
         peer_reply(who, K_ERROR, f->id, &body);
     }
     buf_free(&tail);

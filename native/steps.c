@@ -217,15 +217,39 @@ static int userns_with(const char *map)
     return fd;
 }
 
+static int open_tree_at(int fd, const char *path)
+{
+    return (int)syscall(NR_OPEN_TREE, fd, path, TREE_CLONE | O_CLOEXEC | (*path ? 0 : AT_EMPTY_PATH));
+}
+
+/* Only a mount of the namespace that one is in can be cloned, and the caller opened it in ours of old. */
+static int clone_at_home(int given)
+{
+    int here = node.home_mounts < 0 ? -1 : open("/proc/self/ns/mnt", O_RDONLY | O_CLOEXEC);
+    if (here < 0 || setns(node.home_mounts, CLONE_NEWNS)) {
+        close_fd(&here);
+        errno = EINVAL;
+        return -1;
+    }
+    int tree = open_tree_at(given, "");
+    int e = errno;
+    if (setns(here, CLONE_NEWNS) || chdir("/"))
+        die("returning to our mount namespace");
+    close(here);
+    errno = e;
+    return tree;
+}
+
 static int clone_mount(Step *s, const char *source)
 {
-    unsigned flags = TREE_CLONE | O_CLOEXEC;
     if (!s->nfds)
-        return (int)syscall(NR_OPEN_TREE, AT_FDCWD, source, flags);
+        return open_tree_at(AT_FDCWD, source);
     int given = *s->fds;
     *s->fds++ = -1;
     s->nfds--;
-    int tree = (int)syscall(NR_OPEN_TREE, given, "", flags | AT_EMPTY_PATH);
+    int tree = open_tree_at(given, "");
+    if (tree < 0 && errno == EINVAL)
+        tree = clone_at_home(given);
     int e = errno;
     close(given);
     errno = e;

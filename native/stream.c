@@ -152,22 +152,25 @@ void stream_input(Proc *p, int fd)
 }
 
 /* What a process wrote before its end is in the pipe: no more than the pipe holds. A background child may write on. */
+static void take_what_is_there(Stream *s)
+{
+    ssize_t left = fcntl(s->source.fd, F_GETPIPE_SZ), n;
+    if (left < 0)
+        left = PTY_BYTES;
+    if (left > DRAIN_MAX)
+        left = DRAIN_MAX;
+    while (left > 0 && (n = pump(s)) > 0)
+        left -= n;
+}
+
 void stream_drain(Proc *p)
 {
-    for (int i = 0; i < 2; i++) {
-        Stream *s = &p->out[i];
-        if (s->source.fd < 0)
-            continue;
-        ssize_t left = fcntl(s->source.fd, F_GETPIPE_SZ), n;
-        if (left < 0)
-            left = PTY_BYTES;
-        if (left > DRAIN_MAX)
-            left = DRAIN_MAX;
-        while (left > 0 && (n = pump(s)) > 0)
-            left -= n;
-        if (s->source.fd >= 0)
-            stream_ended(s);
-    }
+    for (int i = 0; i < 2; i++)
+        if (p->out[i].source.fd >= 0)
+            take_what_is_there(&p->out[i]);
+    for (int i = 0; i < 2; i++)
+        if (p->out[i].source.fd >= 0)
+            stream_ended(&p->out[i]);
 }
 
 void stream_close(Proc *p)
@@ -320,7 +323,16 @@ static void client_eof(Peer *c)
         write_input(c->proc);
 }
 
-static void client_stream(Peer *c, const Frame *f);
+static void client_stream(Peer *c, const Frame *f)
+{
+    bool data = f->kind == K_DATA;
+    if (!f->body.n || f->body.p[0] != 0 || f->body.n > (data ? MAX_DATA + 1 : 1) || f->nfds || (data && c->stdin_eof))
+        peer_close(c);
+    else if (data)
+        client_input(c, (Span){f->body.p + 1, f->body.n - 1});
+    else
+        client_eof(c);
+}
 
 void client_handle(Peer *c, Frame *f)
 {
@@ -332,17 +344,6 @@ void client_handle(Peer *c, Frame *f)
         client_request(c, f);
     else
         peer_close(c);
-}
-
-static void client_stream(Peer *c, const Frame *f)
-{
-    bool data = f->kind == K_DATA;
-    if (!f->body.n || f->body.p[0] != 0 || f->body.n > (data ? MAX_DATA + 1 : 1) || f->nfds || (data && c->stdin_eof))
-        peer_close(c);
-    else if (data)
-        client_input(c, (Span){f->body.p + 1, f->body.n - 1});
-    else
-        client_eof(c);
 }
 
 static void client_gone(Peer *c)

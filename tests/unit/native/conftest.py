@@ -10,12 +10,12 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from wireside import KEEPER, NATIVE, Controller, Held, start_keeper
+from wireside import KEEPER, NATIVE, SANITIZE, Controller, Held, start_keeper
 
 
 @pytest.fixture(scope="session", autouse=True)
 def built() -> None:
-    subprocess.run(["make", "-s", "-C", str(NATIVE)], check=True)
+    subprocess.run(["make", "-s", "-C", str(NATIVE), *(["all", "sanitize"] if SANITIZE else [])], check=True)
     assert KEEPER.exists()
 
 

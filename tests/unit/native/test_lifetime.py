@@ -7,7 +7,8 @@ import socket
 import subprocess
 from pathlib import Path
 
-from wireside import INIT, KEEPER, Controller, Held, start_keeper, wait_for
+import pytest
+from wireside import INIT, KEEPER, SANITIZE, Controller, Held, start_keeper, wait_for
 
 from isolat.wire import kinds as k
 
@@ -97,6 +98,7 @@ def rss_kib(pid: int) -> dict[str, int]:
     return {line.split(":")[0]: int(line.split()[1]) for line in lines[1:]}
 
 
+@pytest.mark.skipif(SANITIZE, reason="the sanitizer's own memory")
 def test_memory_stays_small(keeper: Held) -> None:
     c = keeper.c
     guest = c.spawn("guest", [str(INIT)], flags=k.F_CONTROL)

@@ -17,9 +17,12 @@ from isolat.wire import codec
 from isolat.wire import kinds as k
 
 NATIVE = Path(__file__).resolve().parents[3] / "native"
-KEEPER = NATIVE / "build" / "isolat-keeper"
-INIT = NATIVE / "build" / "isolat-init"
-SANITIZED = NATIVE / "build" / "sanitize"
+BUILD = NATIVE / "build"
+SANITIZED = BUILD / "sanitize"
+# ISOLAT_SANITIZE=1 runs every test of this directory against the sanitized programs (make -C native sanitize)
+SANITIZE = os.environ.get("ISOLAT_SANITIZE") == "1"
+KEEPER = (SANITIZED if SANITIZE else BUILD) / "isolat-keeper"
+INIT = (SANITIZED if SANITIZE else BUILD) / "isolat-init"
 TIMEOUT_S = 20.0
 
 
@@ -289,11 +292,16 @@ class Held:
             self.c.ask(k.QUIT)
         self.c.close()
         try:
-            self.process.wait(5)
+            code = self.process.wait(5)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
             raise AssertionError("it did not end after QUIT") from None
+        assert code in {0, -signal.SIGKILL, 75}, (code, self.words())
+
+    def words(self) -> str:
+        """What it wrote to stderr, before and after it had its directory."""
+        return "".join(p.read_text() for p in (self.log, self.log.with_name("keeper.log")) if p.exists())
 
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)
@@ -303,12 +311,14 @@ class Held:
 
 def start_keeper(directory: Path, *options: str, binary: Path = KEEPER) -> Held:
     directory.mkdir(exist_ok=True)
-    return Held([str(binary), str(directory), *options], 0, directory / "stderr")
+    env = os.environ | {"ASAN_OPTIONS": "exitcode=23:detect_leaks=1"}
+    return Held([str(binary), str(directory), *options], 0, directory / "stderr", env)
 
 
 def start_init(directory: Path, binary: Path = INIT) -> Held:
     directory.mkdir(exist_ok=True)
-    held = Held([str(binary)], 3, directory / "stderr")
+    # an init can't be traced, so the leak detector can't work in it
+    held = Held([str(binary)], 3, directory / "stderr", os.environ | {"ASAN_OPTIONS": "detect_leaks=0"})
     hello = held.c.recv()
     assert (hello.kind, hello.id, hello.text(k.T_ROLE)) == (k.HELLO, 0, "init")
     return held
