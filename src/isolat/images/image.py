@@ -16,7 +16,8 @@ from isolat.errors import StoreError, UsageError
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 VERSION = 1
 
-_NAME = re.compile(r"[a-z0-9]+(?:[._/-]+[a-z0-9]+)*")
+_PART = r"[a-z0-9]+(?:(?:\.|_{1,2}|-+)[a-z0-9]+)*"
+_NAME = re.compile(rf"{_PART}(?:/{_PART})*")
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _DIGEST = re.compile(r"(?:sha256:)?([0-9a-f]{6,64})")
 

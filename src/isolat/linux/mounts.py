@@ -87,12 +87,16 @@ def mount(source: str, target: str, fstype: str, flags: int = 0, options: str = 
     """mount(2). Raises StoreError with the kernel's errno."""
     number = _mount(source, target, fstype, flags, options)
     if number:
-        raise StoreError(
-            f"could not mount {fstype} {source} at {target}: {os.strerror(number)}",
-            stage="mount",
-            errno=number,
-            hint="`dmesg | tail` has the kernel's own words",
-        )
+        raise _mount_error(source, target, fstype, number)
+
+
+def _mount_error(source: str, target: str, fstype: str, number: int) -> StoreError:
+    return StoreError(
+        f"could not mount {fstype} {source} at {target}: {os.strerror(number)}",
+        stage="mount",
+        errno=number,
+        hint="`dmesg | tail` has the kernel's own words",
+    )
 
 
 def _mount(source: str, target: str, fstype: str, flags: int, options: str) -> int:
@@ -133,12 +137,11 @@ def umount_below(directory: str) -> int:
 def mount_erofs(file: str, target: str) -> None:
     """Mount an EROFS file read-only, without devices and set-user-ID, directly or through a loop device."""
     flags = MS_RDONLY | MS_NODEV | MS_NOSUID
-    if _mount(file, target, "erofs", flags, "") == 0:
+    number = _mount(file, target, "erofs", flags, "")
+    if number == 0:
         return
-    number = ctypes.get_errno()
     if number != errno.ENOTBLK:
-        mount(file, target, "erofs", flags)  # once more, for its error
-        return
+        raise _mount_error(file, target, "erofs", number)
     with loop.attached(file, read_only=True) as device:
         mount(device, target, "erofs", flags)
 
