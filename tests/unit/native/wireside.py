@@ -109,6 +109,8 @@ class Controller(Line):
             frame = self.recv(timeout_s)
             if frame.id == 0:
                 self.events.append(frame)
+            elif frame.id < id:
+                continue  # of a request whose answer was not waited for
             elif frame.id == id:
                 if frame.kind == k.ERROR:
                     raise Refused(frame)
