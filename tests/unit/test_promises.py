@@ -1,7 +1,8 @@
 """docs/promises.md promises nothing that no test or bench holds: every name on it must be that of a real one.
 
 The form of the page is the one that this test reads: ``### N. the promise``, then lines ``held by: `FILE::FUNCTION```,
-and for figures that a script prints a block between ``<!-- figures: SCRIPT -->`` and ``<!-- end of figures -->``.
+and for figures that a script prints a block between ``<!-- figures: SCRIPT -->`` and ``<!-- end of figures -->``. A
+bench is named by the constant with which it compares, and the promise must give that number.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ PROMISE = re.compile(r"### (\d+)\. (\S.*)")
 HELD_BY = re.compile(r"held by: (.+)")
 TARGET = re.compile(r"`((?:tests|bench)/[\w./-]+\.py)((?:::\w+)*)`")
 FIGURES = re.compile(r"<!-- figures: (\S+) -->\n(.*?)<!-- end of figures -->", re.DOTALL)
+NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
 UNKNOWN = "not measured yet"
 
 
@@ -74,6 +76,16 @@ def defines(source: str, names: tuple[str, ...]) -> bool:
     return True
 
 
+def constant(source: str, name: str) -> float | None:
+    """The number that a module gives a name; None where it does not."""
+    for node in ast.parse(source).body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else None
+        if isinstance(target, ast.Name) and target.id == name and isinstance(node, ast.Assign):
+            value = node.value.value if isinstance(node.value, ast.Constant) else None
+            return float(value) if isinstance(value, (int, float)) else None
+    return None
+
+
 def _named(node: ast.stmt) -> str:
     return node.name if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) else ""
 
@@ -88,11 +100,22 @@ def missing_targets(promises: list[Promise], root: Path) -> list[str]:
             path = root / file
             if not path.is_file():
                 problems.append(f"{where}: there is no {file}")
+            elif file.startswith("bench/"):
+                problems += _bench(promise, path, names, where)
             elif not defines(path.read_text(encoding="utf-8"), names):
                 problems.append(f"{where}: {file} defines no {'::'.join(names)}")
-            elif file.startswith("tests/") and not (names and names[-1].startswith("test_")):
+            elif not (names and names[-1].startswith("test_")):
                 problems.append(f"{where}: {file}::{'::'.join(names)} is no test")
     return problems
+
+
+def _bench(promise: Promise, path: Path, names: tuple[str, ...], where: str) -> list[str]:
+    value = constant(path.read_text(encoding="utf-8"), names[-1]) if len(names) == 1 else None
+    if value is None:
+        return [f"{where}: {path.name} has no number {'::'.join(names)} that it compares with"]
+    if value not in {float(number.replace(",", "")) for number in NUMBER.findall(promise.text)}:
+        return [f"{where} does not say {value:g}, which {path.name} has for {names[-1]}"]
+    return []
 
 
 def figures(text: str, root: Path) -> list[str]:
@@ -122,6 +145,8 @@ def test_the_reader_finds_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "tests/test_a.py").write_text(
         "class TestIt:\n    def test_in(self): ...\ndef test_out(): ...\ndef helper(): ...\n"
     )
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench/start.py").write_text("LIMIT = 0.20\nNAME = 'x'\n")
     good = "### 1. One.\nheld by: `tests/test_a.py::test_out`, `tests/test_a.py::TestIt::test_in`\n"
     bad = {
         "names nothing": "### 1. One.\n",
@@ -129,6 +154,8 @@ def test_the_reader_finds_what_is_wrong(tmp_path: Path) -> None:
         "is not the name of a test": "### 1. One.\nheld by: my word\n",
         "there is no tests/test_b.py": "### 1. One.\nheld by: `tests/test_b.py::test_out`\n",
         "defines no test_in": "### 1. One.\nheld by: `tests/test_a.py::test_in`\n",
+        "does not say 0.2,": "### 1. At most 0.3.\nheld by: `bench/start.py::LIMIT`\n",
+        "has no number NAME": "### 1. At most 0.2.\nheld by: `bench/start.py::NAME`\n",
         "is no test": "### 1. One.\nheld by: `tests/test_a.py::helper`\n",
         "twice: [1]": good + good,
         "missing: [1]": good.replace("1.", "2."),
@@ -136,7 +163,8 @@ def test_the_reader_finds_what_is_wrong(tmp_path: Path) -> None:
         "no end": good + "<!-- figures: tests/test_a.py -->\n",
         "neither a table": good + "<!-- figures: tests/test_a.py -->\nfast\n<!-- end of figures -->\n",
     }
-    for expected, text in [("", good), *bad.items()]:
+    bench = good + "### 2. At most 0.20 of 1,000.\nheld by: `bench/start.py::LIMIT`\n"
+    for expected, text in [("", good), ("", bench), *bad.items()]:
         promises, problems = read(text)
         problems += numbering(promises) + missing_targets(promises, tmp_path) + figures(text, tmp_path)
         if expected:
