@@ -66,7 +66,7 @@ def check_options(layer: str, options: Mapping[str, Any], known: Collection[str]
 
 def binds(job: Job) -> tuple[tuple[str, str], ...]:
     """What an image without files of its own shows of the place around: (source, target)."""
-    return getattr(job.image, "binds", ())
+    return job.image.binds if job.image else ()
 
 
 def hostname(job: Job) -> str:
@@ -81,18 +81,19 @@ def upper(job: Job) -> str:
 def upper_steps(job: Job, owner: int) -> tuple[Step, ...]:
     """The bounded directory with the overlay's two inside: ``u``, owned by root inside, and ``w``, the kernel's own.
 
-    Without btrfs it is memory: no more than the environment may use anyway, and gone when it ends.
+    Nobody but root inside may look into it. Without btrfs it is memory: no more than the environment may use anyway,
+    and gone when it ends. The subvolume comes twice, because steps are undone backwards: deleting it whole is quick,
+    emptying it file by file first is not.
     """
     at = upper(job)
+    whole = MakeDir(at, 0o700, owner, owner, keep=True)
+    parts = (MakeDir(f"{at}/u", 0o755, owner, owner, keep=True), MakeDir(f"{at}/w", 0o700, keep=True))
     if job.upper:
-        bounded: tuple[Step, ...] = (Subvolume(at, job.spec.disk_bytes, keep=True),)
-    else:
-        size = min(job.spec.disk_bytes, job.spec.memory_bytes or job.spec.disk_bytes)
-        bounded = (
-            MakeDir(at, 0o711, keep=True),
-            Mount("tmpfs", at, "tmpfs", f"size={size},mode=0711", MS_NOSUID | MS_NODEV),
-        )
-    return (*bounded, MakeDir(f"{at}/u", 0o755, owner, owner, keep=True), MakeDir(f"{at}/w", 0o700, keep=True))
+        volume = Subvolume(at, job.spec.disk_bytes, keep=True)
+        return (volume, whole, *parts, volume)
+    size = min(job.spec.disk_bytes, job.spec.memory_bytes or job.spec.disk_bytes)
+    options = f"size={size},mode=0700,uid={owner},gid={owner}"
+    return (whole, Mount("tmpfs", at, "tmpfs", options, MS_NOSUID | MS_NODEV), *parts)
 
 
 def root_steps(

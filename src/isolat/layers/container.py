@@ -81,7 +81,7 @@ class ContainerLayer(Layer):
             PutFile(f"{bundle}/config.json", config_text(_bundle(job, options, binds)), 0o600, keep=True),
             Run((), runtime.delete(job.id)),
         )
-        pidfile = f"{job.dir}/guest.pid"
+        pidfile = f"{bundle}/guest.pid"
         return Plan(
             steps=steps,
             guest=Command(runtime.run(job.id, bundle, pidfile), control=True, pidfile=pidfile),
@@ -148,13 +148,18 @@ def _files(job: Job) -> tuple[Step, ...]:
     hosts = f"127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{host}\n"
     texts = (("hostname", f"{host}\n"), ("hosts", hosts), ("resolv.conf", ""))
     files = (PutFile(f"{where}/{name}", text, 0o644, owner, owner, keep=True) for name, text in texts)
-    return (MakeDir(where, 0o755, keep=True), *files)
+    return (MakeDir(where, 0o755, owner, owner, keep=True), *files)
 
 
 def _cgroup(job: Job) -> tuple[Step, ...]:
-    """The runtime would make the same directories and leave them behind when it fails half-way."""
-    paths = cgroup.directories(job.facts.cgroups, job.cgroup)
-    return (Cgroup(paths),) if paths else ()
+    """The runtime makes the same directories, but would leave them behind when it fails half-way.
+
+    In hybrid mode crun also makes one, with a plain file in it, where the keeper has unmounted the unified hierarchy.
+    """
+    facts = job.facts.cgroups
+    paths = cgroup.directories(facts, job.cgroup)
+    hidden = (MakeDir(path) for path in cgroup.hidden_directories(facts, job.cgroup))
+    return (*hidden, *((Cgroup(paths),) if paths else ()))
 
 
 def _outside(job: Job, probe: Probe) -> tuple[tuple[Bind, ...], tuple[Step, ...]]:

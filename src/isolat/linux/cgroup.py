@@ -103,6 +103,12 @@ def directories(facts: CgroupFacts, path: str, only: Iterable[str] = ()) -> tupl
     return tuple(dict.fromkeys(_below(mount, facts.base, path) for _, mount in hierarchies(facts, only)))
 
 
+def hidden_directories(facts: CgroupFacts, path: str) -> tuple[str, ...]:
+    """The directory below the unified hierarchy's mount point in hybrid mode, where the keeper unmounts it."""
+    mount = facts.mount(UNIFIED)
+    return (_below(mount, facts.base, path),) if facts.mode is CgroupMode.HYBRID and mount else ()
+
+
 def procs_files(facts: CgroupFacts, path: str, only: Iterable[str] = ()) -> tuple[str, ...]:
     """The files that "0" is written to in order to join."""
     return tuple(f"{directory}/{PROCS}" for directory in directories(facts, path, only))

@@ -99,9 +99,9 @@ def try_out(path: str, facts: Facts, d: Deadline) -> str:
         _trial_bundle(base, facts)
         runtime = Runtime(path, str(base / "state"))
         id = base.name
-        done = _run(_hidden_unified(facts, runtime.run_attached(id, str(base))), d)
+        done = _run(_hidden_unified(facts, id, runtime.run_attached(id, str(base))), d)
         if done is None or done.returncode:
-            _run(_hidden_unified(facts, runtime.delete(id)), d)
+            _run(_hidden_unified(facts, id, runtime.delete(id)), d)
     if done is None:
         return "it did not end in time, or could not be started"
     return "" if done.returncode == 0 else done.stderr.strip()[-500:] or f"exit code {done.returncode}"
@@ -122,13 +122,16 @@ def _run(argv: tuple[str, ...], d: Deadline) -> subprocess.CompletedProcess[str]
         return None
 
 
-def _hidden_unified(facts: Facts, argv: tuple[str, ...]) -> tuple[str, ...]:
-    """In hybrid mode as the keeper runs it: crun refuses while the unified hierarchy is to be seen."""
+def _hidden_unified(facts: Facts, id: str, argv: tuple[str, ...]) -> tuple[str, ...]:
+    """In hybrid mode as the keeper runs it: crun refuses while the unified hierarchy is to be seen.
+
+    It then takes the bare mount point for a hierarchy, and leaves a directory there.
+    """
     unified = facts.cgroups.mount("unified")
     if facts.cgroups.mode is not CgroupMode.HYBRID or unified is None:
         return argv
-    script = 'umount -l "$0" && exec "$@"'
-    return ("unshare", "--mount", "--propagation", "private", "sh", "-c", script, unified, *argv)
+    script = 'left=$1; shift; umount -l "$0" && "$@"; code=$?; rm -rf "$0/$left"; exit $code'
+    return ("unshare", "--mount", "--propagation", "private", "sh", "-c", script, unified, id, *argv)
 
 
 def _trial_bundle(base: Path, facts: Facts) -> None:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from isolat.errors import Unsupported
+from isolat.oci.capabilities import GIVEN
 
 EPERM = 1
 ENOSYS = 38
@@ -135,9 +136,11 @@ def oci_seccomp(machine: str, *, compat32: bool = False) -> dict[str, Any]:
 
 def resolve(distribution: dict[str, Any], tables: dict[str, set[str]]) -> dict[str, list[str]]:
     """The committed data, from the distribution's profile and the names in each architecture's table."""
-    allowed = set(ADDED)
+    allowed, given = set(ADDED), {name for name, _ in GIVEN}
     for group in distribution["syscalls"]:
-        conditional = group.get("includes") or group.get("excludes") or group.get("args")
+        includes = group.get("includes") or {}
+        by_capability = bool(includes.get("caps")) and given.issuperset(includes["caps"])
+        conditional = (includes and not by_capability) or group.get("excludes") or group.get("args")
         if group["action"] == "SCMP_ACT_ALLOW" and not conditional:
             allowed.update(group["names"])
     allowed -= REMOVED | BY_ARGUMENTS | ABSENT | set(COMPAT_ONLY)
