@@ -74,6 +74,17 @@ class Image:
         return self.config.binds
 
     def to_json(self) -> dict[str, Any]:
+        """What the daemon's interface tells of it (docs/api.md); ``name`` is the first of its names, or empty."""
+        return {
+            "name": self.names[0] if self.names else "",
+            "names": list(self.names),
+            "digest": self.digest,
+            "size_bytes": self.size_bytes,
+            "created_ns": self.created_ns,
+            **self.config.to_json(),
+        }
+
+    def description(self) -> dict[str, Any]:
         """What is kept beside the EROFS file. Names are kept apart: they move."""
         return {
             "version": VERSION,
@@ -85,7 +96,7 @@ class Image:
 
 
 def image_from_json(text: str, names: tuple[str, ...] = ()) -> Image:
-    """The image that ``to_json`` wrote. Raises StoreError for anything else."""
+    """The image that ``description`` wrote. Raises StoreError for anything else."""
     try:
         data = json.loads(text)
         if data["version"] != VERSION:

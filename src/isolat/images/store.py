@@ -204,7 +204,7 @@ class ImageStore:
                 os.chown(file, os.geteuid(), os.getegid())
                 image = Image(digest, config, file.stat().st_size, time.time_ns())
                 file.rename(self.file(digest))
-                _replace(description, json.dumps(image.to_json(), indent=1))
+                _replace(description, json.dumps(image.description(), indent=1))
             self._write_names({**self._names(), **dict.fromkeys(full, digest)})
         return self._read(digest, self._names_by_digest())
 

@@ -43,7 +43,13 @@ def test_a_digest_is_recognised_from_six_digits_on(text: str, prefix: str) -> No
 def test_a_description_survives_json() -> None:
     config = ImageConfig(kind="host", command=("bash", "-l"), user="1:2", binds=(("/usr", "/usr"),), env=(("A", "b"),))
     image = Image("ab" * 32, config, size_bytes=4096, created_ns=17)
-    assert image_from_json(json.dumps(image.to_json())) == image
+    assert image_from_json(json.dumps(image.description())) == image
+
+
+def test_the_interface_tells_the_names_beside_the_defaults() -> None:
+    told = Image("ab" * 32, ImageConfig(kind="host"), 4096, 17, ("host:latest", "x:1")).to_json()
+    assert (told["name"], told["names"], told["kind"]) == ("host:latest", ["host:latest", "x:1"], "host")
+    assert Image("ab" * 32, ImageConfig(kind="host"), 4096, 17).to_json()["name"] == ""
 
 
 @pytest.mark.parametrize(
