@@ -41,7 +41,7 @@ soak: setup
 
 bench: setup
 	@$(SETUP) packages bench
-	@for script in bench/run*.py; do [ ! -e "$$script" ] || { echo "== $$script"; $(PY) "$$script" || exit 1; }; done
+	@for name in start throughput density; do echo "== $$name"; $(PY) -m bench.$$name $(ARGS) || exit 1; done
 
 lint: tools
 	.venv/bin/ruff check .
