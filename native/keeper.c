@@ -164,5 +164,7 @@ int main(int argc, char **argv)
         die("/");
     controller_new(controller);
     node_run();
+    unlinkat(node.dir, "keeper.sock", 0);
+    unlinkat(node.dir, "keeper.pid", 0);
     return 0;
 }

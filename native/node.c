@@ -66,7 +66,7 @@ static bool is_ours(pid_t pid)
     return false;
 }
 
-static bool launching(void)
+bool launching(void)
 {
     for (Proc *p = node.procs; p; p = p->next)
         if (p->launcher)
@@ -74,19 +74,27 @@ static bool launching(void)
     return false;
 }
 
-void kill_strays(void)
+bool signal_strays(int signal, bool all_children)
 {
     char path[64], text[8192], *at = text, *end;
     bool found = false;
     snprintf(path, sizeof path, "/proc/self/task/%d/children", getpid());
+    if (read_small(path, text, sizeof text) <= 0)
+        return false;
+    /* a number without its space may have been cut short, and would be somebody else's */
+    for (long pid; (pid = strtol(at, &end, 10)) > 1 && *end == ' '; at = end)
+        if (all_children || !is_ours((pid_t)pid)) {
+            kill((pid_t)pid, signal);
+            found = true;
+        }
+    return found;
+}
+
+void kill_strays(void)
+{
     /* while a launcher works, its process is still unknown to us: it would look like an orphan */
-    if ((!launching() || node.quitting) && read_small(path, text, sizeof text) > 0)
-        for (long pid; (pid = strtol(at, &end, 10)) > 1 && end != at; at = end)
-            if (!is_ours((pid_t)pid) || node.quitting) {
-                kill((pid_t)pid, SIGKILL);
-                found = true;
-            }
-    node.sweeping = found; /* their children become ours in turn */
+    if (node.quitting || !launching())
+        node.sweeping = signal_strays(SIGKILL, node.quitting); /* the orphans' children become ours in turn */
 }
 
 void node_quit(Peer *who, uint32_t id)
@@ -120,7 +128,7 @@ static bool settled(void)
 
 static void quit_turn(int64_t now_ms, int *timeout_ms)
 {
-    kill_all(SIGKILL);
+    kill_all(SIGKILL, true);
     if (!node.pid1)
         kill_strays();
     proc_reap();

@@ -77,7 +77,9 @@ void node_open(void);
 void node_run(void); /* until node.done */
 void node_quit(Peer *who, uint32_t id); /* SIGKILL what is held, reap, answer, leave */
 void kill_strays(void); /* children that we did not spawn: orphans of a guest that is no pid namespace */
-void kill_all(int signal);
+bool launching(void);
+bool signal_strays(int signal, bool all_children);
+void kill_all(int signal, bool guests);
 Peer *controller_new(int fd);
 
 /* proc.c: the table, and the life of a process */

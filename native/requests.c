@@ -180,13 +180,23 @@ static void spawn_request(Peer *who, Frame *f)
         proc_failed(p, &failure);
 }
 
-void kill_all(int signal)
+void kill_all(int signal, bool guests)
 {
-    if (node.pid1)
+    if (node.pid1) {
         kill(-1, signal);
-    else
-        for (Proc *p = node.procs; p; p = p->next)
+        return;
+    }
+    for (Proc *p = node.procs; p; p = p->next)
+        if (guests || !(p->flags & F_CONTROL))
             proc_kill(p, signal, SCOPE_GROUP);
+}
+
+/* A keeper spares its guests: they are not in the environment, they hold it. */
+static void signal_everything(int number)
+{
+    kill_all(number, !node.keeper);
+    if (!node.pid1 && !launching() && signal_strays(number, false) && number == SIGKILL)
+        node.sweeping = true;
 }
 
 /* A signal to a process that has ended is no error: it has what the sender wanted. */
@@ -245,7 +255,7 @@ static void signal_request(Peer *who, Frame *f)
     if (scope == SCOPE_ALL && *to) {
         pass_on(who, f, to);
     } else if (scope == SCOPE_ALL) {
-        kill_all(number);
+        signal_everything(number);
         reply_ok(who, f->id);
     } else if (full_name(who, f, name)) {
         signal_proc(who, f, proc_find(name), number, scope);

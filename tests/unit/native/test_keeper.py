@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from wireside import Controller, Held, Refused, alive, wait_for
+from wireside import Controller, Held, Refused, alive, spawn_fields, wait_for
 
 from isolat.wire import kinds as k
 
@@ -176,6 +176,23 @@ def test_the_group_gets_a_signal(c: Controller) -> None:
     client.finish()
     client.close()
     wait_for(lambda: not alive(child), "the child's end")
+
+
+def test_everything_gets_a_signal_orphans_too(c: Controller) -> None:
+    client = c.adopt("p")
+    c.spawn("p", [SH, "-c", "(setsid sleep 60 & echo $!); sleep 60"])
+    orphan = int(client.read_until(b"\n"))
+    c.spawn("q", ["sleep", "60"])
+    c.ask(k.SIGNAL, [(k.T_SIGNAL, 9), (k.T_SCOPE, 2)])
+    assert client.finish().code == 137
+    client.close()
+    assert c.exited("q").int(k.T_SIGNAL) == 9
+    wait_for(lambda: not alive(orphan), "the orphan's end")
+
+
+def test_two_that_spawn_the_same_key_get_the_same_answer(c: Controller) -> None:
+    ids = [c.send(k.SPAWN, spawn_fields("p", ["sleep", "60"])) for _ in range(3)]
+    assert len({c.answer(id).int(k.T_PID) for id in ids}) == 1
 
 
 def test_a_client_may_signal_its_own_process_only(c: Controller) -> None:
