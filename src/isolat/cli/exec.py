@@ -14,7 +14,7 @@ def exec_(parsed: o.Parsed) -> int:
     if command[0] == "--":
         command = command[1:]
     if not command:
-        raise o.usage_error("isolat exec: no command", "isolat exec ENV COMMAND…")
+        raise o.usage_error("exec: no command", "isolat exec ENV COMMAND…")
     args = {
         "env": env,
         "command": command,
@@ -32,7 +32,8 @@ def exec_(parsed: o.Parsed) -> int:
     with terminal.Relay(tty=tty) as relay:
         if tty:
             args["rows"], args["cols"] = terminal.size()
-        ending, broken = run.pump(connect.call(root, "exec", args), relay, stdin, tty)
+        with connect.call(root, "exec", args) as request:
+            ending, broken = run.pump(request, relay, stdin, tty)
         return 0 if ending.kind == "detached" else run.exit_code(ending, broken, {})
 
 
@@ -45,5 +46,6 @@ def attach(parsed: o.Parsed) -> int:
     if tty and stdin and not terminal.is_terminal(0):
         raise o.usage_error("the input device is not a TTY", "attach without it: --no-stdin")
     with terminal.Relay(tty=tty) as relay:
-        ending, broken = run.pump(connect.call(root, "attach", {"env": env, "stdin": stdin}), relay, stdin, tty)
+        with connect.call(root, "attach", {"env": env, "stdin": stdin}) as request:
+            ending, broken = run.pump(request, relay, stdin, tty)
         return 0 if ending.kind == "detached" else run.exit_code(ending, broken, {})

@@ -78,7 +78,7 @@ class Parsed:
         return found
 
 
-_ROOT = Option("--root", VALUE, "where everything is kept (default: ISOLAT_ROOT, or /var/lib/isolat)", "DIR")
+_ROOT = Option("--root", VALUE, "the state root (default: ISOLAT_ROOT, or /var/lib/isolat)", "DIR")
 _HELP = Option("-h --help", FLAG, "show this and exit")
 _JSON = Option("--json", FLAG, "print JSON")
 _NO_TRUNC = Option("--no-trunc", FLAG, "do not shorten ids and commands")
@@ -220,7 +220,7 @@ def _near(word: str, known: list[str]) -> str:
 
 def parse(argv: list[str]) -> Parsed:
     """The verb, its options and words. Raises UsageError. Help and version are verbs of their own."""
-    values, rest = read(argv, GLOBAL, "isolat", True)
+    values, rest = read(argv, GLOBAL, "", True)
     if values.get("version"):
         return Parsed(VERBS["version"], values, [])
     if values.get("help") or not rest:
@@ -230,7 +230,7 @@ def parse(argv: list[str]) -> Parsed:
     verb, rest = _verb(rest)
     if verb is None:
         return Parsed(HELP, values, rest)
-    given, words = read(rest, (*verb.options, *COMMON), f"isolat {verb.name}", verb.stop)
+    given, words = read(rest, (*verb.options, *COMMON), verb.name, verb.stop)
     values.update(given)
     if values.get("help"):
         return Parsed(HELP, values, verb.name.split())
@@ -257,7 +257,7 @@ def _check_count(verb: Verb, words: list[str]) -> None:
     if len(words) >= verb.least and (verb.most is None or len(words) <= verb.most):
         return
     problem = "too few words" if len(words) < verb.least else f"unexpected: {words[verb.most or 0]}"
-    raise usage_error(f"isolat {verb.name}: {problem}", f"isolat {verb.name} [OPTIONS] {verb.usage}".rstrip())
+    raise usage_error(f"{verb.name}: {problem}", f"isolat {verb.name} [OPTIONS] {verb.usage}".rstrip())
 
 
 def read(words: list[str], options: tuple[Option, ...], command: str, stop: bool) -> tuple[dict[str, Any], list[str]]:
@@ -290,7 +290,7 @@ def _long(word: str, left: Any, known: dict[str, Option], values: dict[str, Any]
     elif not equals or value in {"true", "false"}:
         values[option.dest] = not equals or value == "true"
     else:
-        raise usage_error(f"{command}: {name} takes no value, or true or false")
+        raise usage_error(f"{_of(command)}{name} takes no value, or true or false")
 
 
 def _short(word: str, left: Any, known: dict[str, Option], values: dict[str, Any], command: str) -> None:
@@ -317,9 +317,14 @@ def _put(values: dict[str, Any], option: Option, value: str) -> None:
 def _next(left: Any, name: str, option: Option, command: str) -> str:
     value: str | None = next(left, None)
     if value is None:
-        raise usage_error(f"{command}: {name} needs a value: {name} {option.metavar}")
+        raise usage_error(f"{_of(command)}{name} needs a value: {name} {option.metavar}")
     return value
 
 
 def _unknown(name: str, known: dict[str, Option], command: str) -> UsageError:
-    return usage_error(f"{command}: unknown option {name}", _near(name, list(known)) or f"see `{command} --help`")
+    help = f"see `isolat {command} --help`" if command else "see `isolat --help`"
+    return usage_error(f"{_of(command)}unknown option {name}", _near(name, list(known)) or help)
+
+
+def _of(command: str) -> str:
+    return f"{command}: " if command else ""

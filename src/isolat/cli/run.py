@@ -46,20 +46,34 @@ def run(parsed: o.Parsed) -> int:
     if parsed.flag("plan"):
         return _plan(root, parsed)
     if parsed.flag("json"):
-        raise o.usage_error("isolat run: --json is only for --plan")
-    detach = parsed.flag("detach")
+        raise o.usage_error("run: --json is only for --plan")
     service, fds = build(parsed)
-    if not detach:
-        from isolat.client import terminal
+    try:
+        return _detached(root, service, fds) if parsed.flag("detach") else _attached(root, service, fds, parsed)
+    finally:
+        for fd in fds:
+            posix.close(fd)
 
-        check_terminal(parsed)
-        with terminal.Relay(tty=parsed.flag("tty")) as relay:
-            rows, cols = terminal.size() if parsed.flag("tty") else (0, 0)
-            args = {"spec": service, "attach": True, "rows": rows, "cols": cols}
-            return _attached(root, connect.call(root, "run", args, fds), relay, parsed)
-    request = connect.call(root, "run", {"spec": service, "attach": False}, fds)
-    print_line(request.result()["id"])
+
+def _detached(root: str, service: dict[str, Any], fds: list[int]) -> int:
+    with connect.call(root, "run", {"spec": service, "attach": False}, fds) as request:
+        print_line(request.result()["id"])
     return 0
+
+
+def _attached(root: str, service: dict[str, Any], fds: list[int], parsed: o.Parsed) -> int:
+    from isolat.client import terminal
+
+    check_terminal(parsed)
+    tty = parsed.flag("tty")
+    with terminal.Relay(tty=tty) as relay:
+        rows, cols = terminal.size() if tty else (0, 0)
+        args = {"spec": service, "attach": True, "rows": rows, "cols": cols}
+        with connect.call(root, "run", args, fds) as request:
+            ending, broken = pump(request, relay, parsed.flag("interactive"), tty)
+            if ending.kind == "detached":
+                return 0
+            return exit_code(ending, broken, _final(root, request, parsed.flag("rm"), ending))
 
 
 def build(parsed: o.Parsed) -> tuple[dict[str, Any], list[int]]:
@@ -141,14 +155,6 @@ def pump(request: connect.Call, relay: Any, stdin: bool, tty: bool) -> tuple[End
         sock.close()
 
 
-def _attached(root: str, request: connect.Call, relay: Any, parsed: o.Parsed) -> int:
-    ending, broken = pump(request, relay, parsed.flag("interactive"), parsed.flag("tty"))
-    if ending.kind == "detached":
-        return 0
-    result = _final(root, request, parsed.flag("rm"), ending)
-    return exit_code(ending, broken, result)
-
-
 def _final(root: str, request: connect.Call, remove: bool, ending: Ending) -> dict[str, Any]:
     """The daemon's last word: by then the environment is settled, and gone where it was to be removed."""
     request.sock.settimeout(_FINAL_S)
@@ -200,7 +206,9 @@ def complain(message: str) -> None:
 
 
 def _plan(root: str, parsed: o.Parsed) -> int:
-    service, _ = build(parsed)
+    service, fds = build(parsed)
+    for fd in fds:
+        posix.close(fd)
     found = connect.ask(root, "plan", {"spec": service})
     if parsed.flag("json"):
         import json

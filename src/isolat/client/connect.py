@@ -101,7 +101,14 @@ class Call:
             if kind == "ok":
                 return content
 
+    def __enter__(self) -> Call:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
+        self._receiver.close_descriptors()
         self.sock.close()
 
 
@@ -120,11 +127,8 @@ def call(root: str, verb: str, args: Mapping[str, Any], fds: Sequence[int] = (),
 
 def ask(root: str, verb: str, args: Mapping[str, Any], *, start: bool = True) -> Any:
     """A whole request: its result."""
-    request = call(root, verb, args, start=start)
-    try:
+    with call(root, verb, args, start=start) as request:
         return request.result()
-    finally:
-        request.close()
 
 
 def _died() -> Exception:

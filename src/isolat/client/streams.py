@@ -307,12 +307,12 @@ class Pump:
         self._head.clear()
 
     def _deliver(self, stream: int, pieces: list[memoryview]) -> None:
-        if not pieces:
+        if not pieces or stream not in self._targets:
             return
         if self._on_output is not None:
             self._on_output(stream, b"".join(pieces))
             return
-        fd = self._targets.get(stream, -1)
+        fd = self._targets[stream]
         if fd < 0:
             return
         try:

@@ -1,0 +1,325 @@
+"""The Python SDK: environments as objects.
+
+Every method is one request on a connection of its own, so a ``Client`` may be used by several threads, and nothing
+needs closing. Output and input go between this process and the environment's keeper: a daemon that is restarted cuts
+nothing off.
+"""
+
+from __future__ import annotations
+
+import _socket
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, overload
+
+from isolat.client import connect, logs, streams
+from isolat.client.service import service
+from isolat.client.times import NS
+from isolat.errors import DeadlineExceeded, IsolatError, Lost, ProtocolError, StartFailed
+
+OnOutput = Callable[[str, bytes], None]
+_STREAMS = {1: "stdout", 2: "stderr"}
+
+
+class CommandFailed(IsolatError):
+    """A command ended with another code than 0, and ``Result.check`` was asked to mind."""
+
+    code = "command-failed"
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a command ended, and what it wrote. ``signal`` is 0, or what ended it; ``code`` is then 128 + signal."""
+
+    code: int
+    stdout: bytes = b""
+    stderr: bytes = b""
+    signal: int = 0
+
+    @property
+    def text(self) -> str:
+        """Standard output as text."""
+        return self.stdout.decode("utf-8", "replace")
+
+    def check(self) -> Result:
+        """Raise CommandFailed, with the end of standard error, unless the code is 0."""
+        if self.code:
+            tail = tuple(self.stderr.decode("utf-8", "replace").splitlines()[-20:])
+            raise CommandFailed(f"the command ended with {self.code}", details=tail)
+        return self
+
+
+@dataclass(frozen=True)
+class Exit:
+    """How an environment ended. ``code`` is None where nobody knows (LOST)."""
+
+    code: int | None
+    signal: int = 0
+    forced: bool = False
+    oom: bool = False
+    reason: str = ""
+
+
+class Environment:
+    """One environment. As a context manager it is removed at the end, whatever it does."""
+
+    def __init__(self, client: Client, id: str, name: str, row: Mapping[str, Any] | None = None) -> None:
+        self.client = client
+        self.id = id
+        self.name = name
+        self.row: Mapping[str, Any] = dict(row or {})  # what ``ps`` told: image, layer, state, status, …
+
+    def __repr__(self) -> str:
+        return f"<Environment {self.name} {self.id}>"
+
+    def __enter__(self) -> Environment:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.rm(force=True)
+
+    def exec(
+        self,
+        command: Sequence[str],
+        *,
+        input: bytes | None = None,
+        environment: Mapping[str, str] | None = None,
+        working_dir: str = "",
+        user: str = "",
+        timeout_s: float | None = None,
+        on_output: OnOutput | None = None,
+    ) -> Result:
+        """Run a command inside and wait for its end. With ``on_output`` output goes there instead of the result.
+
+        Raises CommandNotFound and NotExecutable where it never ran, DeadlineExceeded after ``timeout_s`` (it is
+        then killed), Lost where the environment died meanwhile.
+        """
+        args = {
+            "env": self.id,
+            "command": list(command),
+            "environment": [f"{name}={value}" for name, value in (environment or {}).items()],
+            "working_dir": working_dir,
+            "user": user,
+            "stdin": input is not None,
+        }
+        with self.client._call("exec", args) as request:
+            return _pumped(request, input, timeout_s, on_output)
+
+    def stop(self, grace_s: float | None = None) -> Exit:
+        """Ask it to end, and kill it when its grace has passed."""
+        return _exit(self.client._ask("stop", {"env": self.id, "grace_s": grace_s}))
+
+    def kill(self, signal: int | str = "KILL") -> None:
+        self.client._ask("kill", {"env": self.id, "signal": signal})
+
+    def wait(self) -> Exit:
+        """Wait for its end."""
+        return _exit(self.client._ask("wait", {"env": self.id}))
+
+    def rm(self, *, force: bool = False) -> None:
+        """Remove it; with ``force`` also while it runs, and what is gone already is fine."""
+        try:
+            self.client._ask("rm", {"env": self.id, "force": force})
+        except IsolatError as error:
+            if not (force and error.code == "not-found"):
+                raise
+
+    def inspect(self) -> dict[str, Any]:
+        """Everything known of it."""
+        found: dict[str, Any] = self.client._ask("inspect", {"env": self.id})
+        return found
+
+    def logs(
+        self, *, follow: bool = False, tail: int | None = None, since_s: float | None = None
+    ) -> Iterator[logs.LogRecord]:
+        """What it has written. ``since_s`` is seconds since the epoch; ``tail`` the last so many lines."""
+        return self.client._logs(self.id, follow, tail, int((since_s or 0) * NS))
+
+
+class Client:
+    """The environments of one state root. The daemon is started by the first request that needs it."""
+
+    def __init__(self, root: str | os.PathLike[str] | None = None, *, start: bool = True) -> None:
+        self.root = connect.find_root(os.fspath(root) if root is not None else os.environ.get("ISOLAT_ROOT"))
+        self._start = start
+
+    def _call(self, verb: str, args: Mapping[str, Any], fds: Sequence[int] = ()) -> connect.Call:
+        return connect.call(self.root, verb, args, fds, start=self._start)
+
+    def _ask(self, verb: str, args: Mapping[str, Any]) -> Any:
+        return connect.ask(self.root, verb, args, start=self._start)
+
+    @overload
+    def run(
+        self, image: str, command: Sequence[str] | str = (), *, detach: Literal[True], **options: Any
+    ) -> Environment: ...
+
+    @overload
+    def run(
+        self,
+        image: str,
+        command: Sequence[str] | str = (),
+        *,
+        detach: Literal[False] = False,
+        input: bytes | None = None,
+        timeout_s: float | None = None,
+        on_output: OnOutput | None = None,
+        **options: Any,
+    ) -> Result: ...
+
+    def run(
+        self,
+        image: str,
+        command: Sequence[str] | str = (),
+        *,
+        detach: bool = False,
+        input: bytes | None = None,
+        timeout_s: float | None = None,
+        on_output: OnOutput | None = None,
+        **options: Any,
+    ) -> Environment | Result:
+        """Run a command in a new environment: to its end, or with ``detach`` leave it running.
+
+        ``options`` are those of ``service``. To its end it is removed afterwards unless ``remove=False``.
+        """
+        if not detach:
+            options.setdefault("remove", True)
+        data, fds = service(image, command, stdin=input is not None, timeout_s=timeout_s, **options)
+        try:
+            request = self._call("run", {"spec": data, "attach": not detach}, fds)
+        finally:
+            for fd in fds:
+                os.close(fd)
+        with request:
+            if detach:
+                found = request.result()
+                return Environment(self, found["id"], found["name"])
+            result = _pumped(request, input, None, on_output)
+            request.result()
+            return result
+
+    def get(self, env: str) -> Environment:
+        """The environment of this id, name, or unambiguous beginning of an id. Raises NotFound."""
+        found = self._ask("inspect", {"env": env})
+        return Environment(self, found["id"], found["name"])
+
+    def ps(self, *, all: bool = True) -> list[Environment]:
+        rows = self._ask("ps", {"all": all})["environments"]
+        return [Environment(self, row["id"], row["name"], row) for row in rows]
+
+    def plan(self, image: str, command: Sequence[str] | str = (), **options: Any) -> dict[str, Any]:
+        """Every effect that ``run`` would have: ``plan`` (data) and ``text``."""
+        data, fds = service(image, command, **options)
+        for fd in fds:
+            os.close(fd)
+        found: dict[str, Any] = self._ask("plan", {"spec": data})
+        return found
+
+    def images(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self._ask("images", {})["images"]
+        return found
+
+    def rmi(self, image: str) -> None:
+        self._ask("rmi", {"image": image})
+
+    def bootstrap(self, image: str, *, include: Sequence[str] = (), arch: str = "") -> dict[str, Any]:
+        """Make a base image."""
+        found: dict[str, Any] = self._ask("bootstrap", {"image": image, "include": list(include), "arch": arch})
+        return found
+
+    def events(self, *, since_s: float | None = None, follow: bool = True) -> Iterator[dict[str, Any]]:
+        """What happens, as it happens; with ``since_s`` (seconds since the epoch) beginning with the past."""
+        with self._call("events", {"since_ns": int((since_s or 0) * NS), "follow": follow}) as request:
+            kind, content, _ = request.next()
+            while kind != "ok":
+                yield content
+                kind, content, _ = request.next()
+
+    def ping(self) -> dict[str, Any]:
+        """Version, process and root of the daemon."""
+        found: dict[str, Any] = self._ask("ping", {})
+        return found
+
+    def shutdown(self) -> None:
+        """End the daemon; environments go on."""
+        self._ask("shutdown", {})
+
+    def _logs(self, env: str, follow: bool, tail: int | None, since_ns: int) -> Iterator[logs.LogRecord]:
+        directory, running = open_logs(self, env)
+        ended = None
+        try:
+            if follow and running:
+                ended = self._call("wait", {"env": env})
+            fd = ended.sock.fileno() if ended else -1
+            yield from logs.read(directory, follow=fd >= 0, ended=fd, lines=tail, since_ns=since_ns)
+        finally:
+            if ended is not None:
+                ended.close()
+            os.close(directory)
+
+
+def open_logs(client: Client, env: str) -> tuple[int, bool]:
+    """The descriptor of the environment's directory, and whether it still runs."""
+    with client._call("logs", {"env": env}) as request:
+        kind, content, fds = request.next()
+    if kind != "ok" or len(fds) != 1:
+        for fd in fds:
+            os.close(fd)
+        raise ProtocolError("the daemon did not answer with the environment's directory")
+    return fds[0], bool(content.get("running"))
+
+
+def run(image: str, command: Sequence[str] | str = (), **options: Any) -> Result:
+    """Run a command in a new environment of the default root to its end, and remove that."""
+    result: Result = Client().run(image, command, **options)
+    return result
+
+
+def _exit(found: Mapping[str, Any]) -> Exit:
+    return Exit(
+        found.get("code"),
+        found.get("signal") or 0,
+        bool(found.get("forced")),
+        bool(found.get("oom")),
+        str(found.get("reason") or ""),
+    )
+
+
+def _pumped(request: connect.Call, input: bytes | None, timeout_s: float | None, on_output: OnOutput | None) -> Result:
+    """Wait for the stream and pump it to its end. Leaving it by an exception kills the process inside."""
+    kind, content, fds = request.next()
+    while kind == "progress":
+        kind, content, fds = request.next()
+    if kind != "stream" or len(fds) != 1:
+        raise ProtocolError(f"the daemon answered with {kind} instead of a stream")
+    found: dict[int, bytearray] = {1: bytearray(), 2: bytearray()}
+
+    def take(stream: int, data: bytes) -> None:
+        if on_output is not None:
+            on_output(_STREAMS[stream], data)
+        else:
+            found[stream] += data
+
+    sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, fds[0])
+    pump = streams.Pump(sock, key=content.get("key", ""), source=input, on_output=take, timeout_s=timeout_s)
+    try:
+        ending = pump.run()
+    except BaseException:
+        pump.signal(9, streams.SCOPE_GROUP)
+        raise
+    finally:
+        if pump.ending is not None and pump.ending.kind == "timeout":
+            pump.signal(9, streams.SCOPE_GROUP)
+        sock.close()
+    return _result(ending, found, timeout_s)
+
+
+def _result(ending: streams.Ending, found: Mapping[int, bytearray], timeout_s: float | None) -> Result:
+    if ending.kind == "timeout":
+        raise DeadlineExceeded(f"the command did not end within {timeout_s:g} s and was killed", stage="exec")
+    if ending.kind == "lost":
+        raise Lost(ending.message)
+    if ending.kind == "failed":
+        raise StartFailed(ending.message)
+    return Result(ending.code, bytes(found[1]), bytes(found[2]), ending.signal)
