@@ -1,0 +1,210 @@
+"""What a layer declares is what it does; what it does not declare it refuses before any effect."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from isolat.engine.paths import StateRoot
+from isolat.errors import IsolatError, Unsupported
+from isolat.layers.base import CanEnter
+from isolat.layers.registry import LAYERS
+from tests.conformance.subject import Subject
+from tests.support import traces
+from tests.support.roots import Root
+
+pytestmark = pytest.mark.root
+
+MIB = 1 << 20
+LIMITS: dict[str, dict[str, Any]] = {
+    "memory": {"mem_limit": 64 * MIB},
+    "cpus": {"cpus": 0.5},
+    "pids": {"pids_limit": 77},
+    "disk": {"storage_opt": {"size": 32 * MIB}},
+}
+REFUSABLE: dict[str, dict[str, Any]] = {
+    "read_only": {"read_only": True},
+    "users": {"user": "1000"},
+    "hostname": {"hostname": "elsewhere"},
+    "tmpfs": {"tmpfs": "/scratch:size=1m"},
+}
+
+
+def _refused(root: Root, spec: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
+    """Refused as Unsupported, and no environment was ever made for it."""
+    with pytest.raises(Unsupported) as told:
+        root.ask("run", {"spec": spec, "attach": False}, fds)
+    assert told.value.hint
+    assert root.environments() == []
+    assert traces.none_of_environments(root.path, 0) == []
+
+
+def _output(root: Root, spec: dict[str, Any], fds: tuple[int, ...] = ()) -> str:
+    conversation, stream, _ = root.run(spec, fds=fds)
+    code = stream.ended()
+    conversation.close()
+    stream.close()
+    assert code == 0, bytes(stream.err)
+    return stream.out.decode()
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Iterator[tuple[str, int]]:
+    """A directory of the host with one file in it, and its descriptor."""
+    (tmp_path / "told").write_text("from the host\n")
+    fd = os.open(tmp_path, os.O_PATH | os.O_CLOEXEC)
+    yield str(tmp_path), fd
+    os.close(fd)
+
+
+def test_only_what_can_be_entered_declares_it(subject: Subject) -> None:
+    for layer in subject.layers:
+        assert isinstance(layer, CanEnter) == layer.capabilities.enter, layer.name
+
+
+def test_what_is_not_implemented_is_not_declared(subject: Subject) -> None:
+    for layer in subject.layers:
+        can = layer.capabilities
+        for name in ("pause", "snapshot", "resize"):
+            assert getattr(can, name) == hasattr(layer, name), f"{layer.name}: {name}"
+
+
+def test_the_layer_is_in_the_registry_under_its_own_name(subject: Subject) -> None:
+    for layer in subject.layers:
+        assert LAYERS[layer.name] is layer
+
+
+@pytest.mark.parametrize("name", sorted(REFUSABLE))
+def test_what_is_not_declared_is_refused_before_any_effect(root: Root, subject: Subject, name: str) -> None:
+    if getattr(subject.can, name):
+        pytest.skip(f"{subject.name} declares {name}")
+    _refused(root, subject.spec("true", **REFUSABLE[name]))
+
+
+def test_volumes_that_are_not_declared_are_refused(root: Root, subject: Subject, directory: tuple[str, int]) -> None:
+    if subject.can.volumes:
+        pytest.skip(f"{subject.name} declares volumes")
+    path, fd = directory
+    _refused(root, subject.spec("true", volumes=[f"{path}:/vol"]), (fd,))
+
+
+@pytest.mark.parametrize("name", sorted(LIMITS))
+def test_a_limit_that_is_not_declared_is_refused(root: Root, subject: Subject, name: str) -> None:
+    if name in subject.can.limits:
+        pytest.skip(f"{subject.name} declares the limit {name}")
+    _refused(root, subject.spec("true", **LIMITS[name]))
+
+
+@pytest.mark.parametrize("network", ["none", "host"])
+def test_networks_are_as_declared(root: Root, subject: Subject, network: str) -> None:
+    spec = subject.shell("ls /sys/class/net", network_mode=network)
+    if network not in subject.can.networks:
+        _refused(root, spec)
+    elif network == "none" and subject.can.boundary != "none":
+        assert _output(root, spec) == "lo\n"
+    elif network == "host":
+        assert _output(root, spec).split() == sorted(os.listdir("/sys/class/net"))
+
+
+def test_an_option_that_the_layer_does_not_know_is_refused(root: Root, subject: Subject) -> None:
+    for layer in subject.layers:
+        with pytest.raises(IsolatError):
+            root.ask("run", {"spec": {**subject.spec("true"), f"x-{layer.name}": {"nosuchoption": 1}}})
+    assert root.environments() == []
+
+
+def test_a_read_only_root_cannot_be_written(root: Root, subject: Subject) -> None:
+    if not subject.can.read_only:
+        pytest.skip(f"{subject.name} declares no read_only")
+    script = "for d in / /usr /etc /var; do touch $d/x 2>/dev/null && echo wrote $d; done; echo tried"
+    assert _output(root, subject.shell(script, read_only=True)) == "tried\n"
+
+
+def test_a_writable_root_is_the_environments_own(root: Root, subject: Subject) -> None:
+    if not subject.outer.capabilities.images:
+        pytest.skip(f"{subject.name} has no root of its own")
+    assert _output(root, subject.shell("echo mine > /usr/mark && cat /usr/mark")) == "mine\n"
+    assert _output(root, subject.shell("test -e /usr/mark || echo absent")) == "absent\n"
+
+
+def test_the_host_name(root: Root, subject: Subject) -> None:
+    if not subject.can.hostname:
+        pytest.skip(f"{subject.name} declares no hostname")
+    script = "cat /proc/sys/kernel/hostname"
+    assert _output(root, subject.shell(script, hostname="elsewhere")) == "elsewhere\n"
+
+
+def test_a_tmpfs_has_its_size(root: Root, subject: Subject) -> None:
+    if not subject.can.tmpfs:
+        pytest.skip(f"{subject.name} declares no tmpfs")
+    script = "echo x > /scratch/x && dd if=/dev/zero of=/scratch/y bs=64k count=64 2>/dev/null || wc -c < /scratch/y"
+    written = int(_output(root, subject.shell(script, tmpfs="/scratch:size=1m")))
+    assert 900_000 < written <= MIB
+
+
+def test_a_volume_is_seen_and_written_with_the_callers_ownership(
+    root: Root, subject: Subject, directory: tuple[str, int]
+) -> None:
+    if not subject.can.volumes:
+        pytest.skip(f"{subject.name} declares no volumes")
+    path, fd = directory
+    spec = subject.shell("cat /vol/told; echo answer > /vol/answer; stat -c %u /vol/answer", volumes=[f"{path}:/vol"])
+    assert _output(root, spec, (fd,)) == "from the host\n0\n"
+    answer = Path(path) / "answer"
+    assert answer.read_text() == "answer\n"
+    assert answer.stat().st_uid == os.getuid()
+
+
+def test_a_read_only_volume_cannot_be_written(root: Root, subject: Subject, directory: tuple[str, int]) -> None:
+    if not subject.can.volumes:
+        pytest.skip(f"{subject.name} declares no volumes")
+    path, fd = directory
+    spec = subject.shell("cat /vol/told; touch /vol/x 2>/dev/null || echo refused", volumes=[f"{path}:/vol:ro"])
+    assert _output(root, spec, (fd,)) == "from the host\nrefused\n"
+
+
+def _control(root: Root, id: str, name: str) -> str:
+    """The value of a control group's file, of whichever hierarchy has it."""
+    for group in traces.cgroups(f"{StateRoot(root.path).cgroup}/{id}"):
+        for path in (Path(group) / name, Path(group) / "container" / name):
+            if path.exists():
+                return path.read_text().strip()
+    raise AssertionError(f"{name} is in no control group of {id}")
+
+
+V1 = {"memory": ("memory.limit_in_bytes", str(64 * MIB)), "pids": ("pids.max", "77"), "cpus": ("cpu.cfs_quota_us", "50000")}
+V2 = {"memory": ("memory.max", str(64 * MIB)), "pids": ("pids.max", "77"), "cpus": ("cpu.max", "50000 100000")}
+
+
+@pytest.mark.parametrize("name", sorted(V1))
+def test_a_declared_limit_is_the_kernels(root: Root, subject: Subject, name: str) -> None:
+    if name not in subject.can.limits:
+        pytest.skip(f"{subject.name} does not declare the limit {name}")
+    id = root.run_detached(subject.spec("sleep", "600", **LIMITS[name]))
+    unified = Path("/sys/fs/cgroup/cgroup.controllers").exists()
+    file, value = (V2 if unified else V1)[name]
+    assert _control(root, id, file) == value
+
+
+def test_the_limits_count_what_runs_inside(root: Root, subject: Subject) -> None:
+    if "pids" not in subject.can.limits:
+        pytest.skip(f"{subject.name} does not declare the limit pids")
+    id = root.run_detached(subject.spec("sleep", "600"))
+    before = int(_control(root, id, "pids.current"))
+    assert before >= 1
+    if subject.can.enter:
+        stream = root.exec(id, ["sleep", "600"])
+        assert int(_control(root, id, "pids.current")) == before + 1
+        stream.close()
+
+
+def test_a_disk_limit_bounds_what_is_written(root: Root, subject: Subject) -> None:
+    if "disk" not in subject.can.limits:
+        pytest.skip(f"{subject.name} does not declare the limit disk")
+    script = "dd if=/dev/zero of=/var/big bs=1M count=64 2>/dev/null && sync && echo unbounded; wc -c < /var/big"
+    written = int(_output(root, subject.shell(script, **LIMITS["disk"])))
+    assert 16 * MIB <= written <= 33 * MIB
