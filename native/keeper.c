@@ -135,8 +135,9 @@ static void own_mounts(bool hybrid)
         die("unshare");
     }
     node.home_mounts = move_high(home);
-    if (mount("none", "/", NULL, MS_REC | MS_PRIVATE, NULL))
-        die("making the mounts private");
+    /* Slaves, not private: what is unmounted outside must not stay mounted, and busy, because we once saw it. */
+    if (mount("none", "/", NULL, MS_REC | MS_SLAVE, NULL))
+        die("making the mounts slaves");
     /* crun 1.8 refuses hybrid cgroups where it sees the unified hierarchy */
     if (hybrid)
         umount2("/sys/fs/cgroup/unified", MNT_DETACH);

@@ -23,6 +23,7 @@ from isolat.engine.engine import Engine
 from isolat.engine.journal import log, log_defect
 from isolat.engine.paths import DEFAULT_ROOT, StateRoot
 from isolat.errors import Conflict, DaemonUnavailable, InternalError, IsolatError, Refused, UsageError
+from isolat.linux import mounts
 
 GROUP = "isolat"
 IDLE_S = 600.0
@@ -104,8 +105,11 @@ def _make_root(root: Path) -> None:
     try:
         root.mkdir(parents=True, exist_ok=True, mode=0o711)
         os.chmod(root, 0o711)
+        (root / "mounts").mkdir(exist_ok=True)
+        os.chmod(root / "mounts", 0o700)  # an image may hold what only its environments should read
     except OSError as error:
         raise DaemonUnavailable(f"cannot make the state root {root}: {error.strerror}") from error
+    mounts.share(str(root))
 
 
 def _listen(paths: StateRoot) -> socket.socket:

@@ -34,7 +34,16 @@ from isolat.engine.paths import StateRoot, native_dir
 from isolat.engine.recovery import Recovery
 from isolat.engine.states import Verb
 from isolat.engine.workers import Timers, Workers
-from isolat.errors import Conflict, IsolatError, NotFound, Unsupported, UsageError
+from isolat.errors import (
+    Conflict,
+    IllegalState,
+    IsolatError,
+    Lost,
+    NotFound,
+    StartFailed,
+    Unsupported,
+    UsageError,
+)
 from isolat.images.pool import Pool
 from isolat.images.store import ImageStore
 from isolat.layers import registry
@@ -149,6 +158,11 @@ class Engine:
     ) -> tuple[Environment, socket.socket | None]:
         """Make an environment and start its application. Returns the client's end of the streams when attached."""
         spec = parse(service)
+        if len(descriptors) != len(spec.volumes):
+            raise UsageError(
+                f"{len(spec.volumes)} volumes came with {len(descriptors)} descriptors",
+                hint="open each source with O_PATH and send the descriptors in order",
+            )
         admission.check(spec, self.facts.memory_bytes, self.facts.cpus, self.paths.root)
         d = Deadline(_START_S)
         env, planned = self._create(spec, service, caller, d)
@@ -427,12 +441,19 @@ class Engine:
         ours = self._adopt(inside, key, request.io.stdin, d) if attach else None
         try:
             inside.spawn(key, command, request.io, d)
-        except BaseException:
+        except BaseException as error:
             if ours is not None:
                 ours.close()
+            if isinstance(error, (NotFound, Lost, StartFailed)) and self._has_ended(env):
+                raise IllegalState(f"cannot exec in {env.name}: it has just ended") from error
             raise
         self._publish("exec", env, command=list(request.command))
         return key, ours
+
+    @staticmethod
+    def _has_ended(env: Environment) -> bool:
+        link = env.link
+        return link is None or link.closed or link.exit_of(env.handle.main_name) is not None
 
     def _innermost(self, env: Environment) -> Place:
         """The inside of the last layer: where exec starts its processes."""

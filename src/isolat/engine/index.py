@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import queue
 import sqlite3
 import threading
@@ -49,6 +50,8 @@ class Index:
         self._thread.start()
 
     def _rebuild(self, rows: list[Row]) -> None:
+        # Events hold command lines, which are nobody else's business; SQLite gives its further files the same mode.
+        os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         with contextlib.closing(self._connect()) as db, db:
             db.executescript(_SCHEMA)
             db.execute("delete from environments")

@@ -24,6 +24,8 @@ MS_RDONLY = 0x1
 MS_NOSUID = 0x2
 MS_NODEV = 0x4
 MS_NOATIME = 0x400
+MS_BIND = 0x1000
+MS_SHARED = 1 << 20
 MNT_DETACH = 0x2
 
 _MOUNTINFO = Path("/proc/self/mountinfo")
@@ -108,6 +110,17 @@ def _mount(source: str, target: str, fstype: str, flags: int, options: str) -> i
         options.encode() if options else None,
     )
     return ctypes.get_errno() if result else 0
+
+
+def share(directory: str) -> None:
+    """Make ``directory`` a mount of its own that is shared: what is unmounted below it goes in its slaves, too.
+
+    A keeper's mount namespace sees all that is mounted when it starts, and would keep it busy for ever
+    (mount_namespaces(7), "Shared subtrees").
+    """
+    if not is_mountpoint(directory):
+        mount(directory, directory, "", MS_BIND)
+    mount("none", directory, "", MS_SHARED)
 
 
 def umount(target: str, flags: int = 0) -> None:
