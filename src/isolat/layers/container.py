@@ -137,8 +137,23 @@ def _checked(job: Job, capabilities: Capabilities) -> Mapping[str, Any]:
             "a container without an init is not supported: exec, terminals and copies go through the init",
             hint="leave out --no-init; the application is then process 2 and loses nothing but the number 1",
         )
+    uid, gid = job.caller_uid, job.caller_gid
+    if job.spec.volumes and uid != gid:
+        raise Unsupported(
+            f"volumes of a caller with user {uid} and group {gid} are not supported: one map serves both numbers",
+            hint=f"run it as root, or with a primary group of the number {uid}",
+        )
+    return _options(job)
+
+
+def _options(job: Job) -> Mapping[str, Any]:
     options = job.spec.option("container")
     common.check_options("container", options, OPTIONS)
+    compat32, shm_bytes = options.get("compat32", False), options.get("shm_bytes", SHM_BYTES)
+    if not isinstance(compat32, bool):
+        raise Unsupported(f"x-container: compat32 is {compat32!r}", hint="it may be true or false")
+    if isinstance(shm_bytes, bool) or not isinstance(shm_bytes, int) or shm_bytes <= 0:
+        raise Unsupported(f"x-container: shm_bytes is {shm_bytes!r}", hint="it is a number of bytes: 67108864")
     return options
 
 
@@ -212,8 +227,8 @@ def _bundle(job: Job, options: Mapping[str, Any], binds: tuple[Bind, ...]) -> Bu
         cgroups_path=cgroup.runtime_path(job.facts.cgroups, job.cgroup) if limited else "",
         read_only=spec.read_only,
         host_network=spec.network_mode == "host",
-        compat32=bool(options.get("compat32", False)),
-        shm_bytes=int(options.get("shm_bytes", SHM_BYTES)),
+        compat32=options.get("compat32", False),
+        shm_bytes=options.get("shm_bytes", SHM_BYTES),
         binds=binds,
         memories=tuple(Memory(tmpfs.target, tmpfs.size_bytes) for tmpfs in spec.tmpfs),
     )
