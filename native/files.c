@@ -118,7 +118,7 @@ static bool remove_directory(int dirfd, const char *name, int top, int depth)
     if (fd < 0)
         return errno == ENOENT;
     /* never into another file system, nor into a bind mount of the same one */
-    bool crossing = fstat(dirfd, &outer) || fstat(fd, &inner) || outer.st_dev != inner.st_dev || is_mount_root(dirfd, name);
+    bool crossing = is_mount_root(dirfd, name) || fstat(dirfd, &outer) || fstat(fd, &inner) || outer.st_dev != inner.st_dev;
     bool fine = !crossing && remove_children(fd, top < 0 ? fd : top, depth + 1);
     /* what was lifted into the top appeared behind the reader's back */
     for (int i = 0; fine && top < 0 && i < 4096 && unlinkat(dirfd, name, AT_REMOVEDIR) && errno == ENOTEMPTY; i++)

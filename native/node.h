@@ -5,7 +5,8 @@
 #include "peer.h"
 #include "spawn.h"
 
-enum { PROCS_MAX = 1024, CONTROLLERS_MAX = 16, CLIENTS_MAX = 256, WAITERS_MAX = 4, TAIL_BYTES = 2048, GUEST_LOG_BYTES = 64 << 10 };
+enum { PROCS_MAX = 1024, CONTROLLERS_MAX = 16, CLIENTS_MAX = 256, WAITERS_MAX = 4 };
+enum { TAIL_BYTES = 2048, GUEST_LOG_BYTES = 64 << 10 };
 enum { GRACE_MS = 2000 };
 
 typedef enum {

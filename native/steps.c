@@ -83,12 +83,14 @@ static bool removable(const char *path)
 {
     const char *second = path[0] == '/' ? strchr(path + 1, '/') : NULL;
     size_t n = strlen(path);
-    return second && second[1] && path[n - 1] != '/' && !strstr(path, "/../") && (n < 3 || strcmp(path + n - 3, "/..") != 0);
+    bool upwards = strstr(path, "/../") || (n >= 3 && !strcmp(path + n - 3, "/.."));
+    return second && second[1] && path[n - 1] != '/' && !upwards;
 }
 
 static bool own(const Step *s, const char *path)
 {
-    int64_t mode = field_int(s->body, T_MODE, -1), uid = field_int(s->body, T_UID, -1), gid = field_int(s->body, T_GID, -1);
+    int64_t mode = field_int(s->body, T_MODE, -1);
+    int64_t uid = field_int(s->body, T_UID, -1), gid = field_int(s->body, T_GID, -1);
     if ((uid >= 0 || gid >= 0) && chown(path, (uid_t)uid, (gid_t)gid))
         return false;
     return mode < 0 || !chmod(path, (mode_t)mode & 07777); /* after chown, which clears setuid */
@@ -467,7 +469,8 @@ static int open_parent(const char *path, struct btrfs_volume *v)
         errno = EINVAL;
         return -1;
     }
-    return open(request_text((Span){(const uint8_t *)path, (size_t)(slash - path)}), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    const char *parent = request_text((Span){(const uint8_t *)path, (size_t)(slash - path)});
+    return open(parent, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 }
 
 static bool limit_subvolume(Step *s, const char *path)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[3]))  # where pytest is not started with `python -m`
 
-from wireside import KEEPER, NATIVE, SANITIZE, Controller, Held, start_keeper
+from tests.unit.native.wireside import KEEPER, NATIVE, SANITIZE, Controller, Held, start_keeper
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -45,7 +45,7 @@ def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def processes() -> list[int]:
-    return [int(p) for p in os.listdir("/proc") if p.isdigit() and int(p) != os.getpid()]
+    return [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and int(p.name) != os.getpid()]
 
 
 def marked(pid: int, mark: bytes) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from wireside import BUILD, Controller, Held, start_keeper, wait_for
+from tests.unit.native.wireside import BUILD, Controller, Held, start_keeper, wait_for
 
 from isolat.wire import kinds as k
 
@@ -19,7 +19,7 @@ BASE = 100_000
 
 pytestmark = [
     pytest.mark.root,
-    pytest.mark.skipif(not shutil.which("crun") or not Path("/bin").is_symlink(), reason="needs crun and a merged /usr"),
+    pytest.mark.skipif(not shutil.which("crun") or not Path("/bin").is_symlink(), reason="no crun, or no merged /usr"),
     pytest.mark.skipif(os.getuid() != 0, reason="needs root"),
 ]
 
@@ -46,10 +46,9 @@ def make_bundle(bundle: Path) -> None:
     for name in process["capabilities"]:
         process["capabilities"][name] = ["CAP_SETUID", "CAP_SETGID", "CAP_KILL", "CAP_CHOWN", "CAP_DAC_OVERRIDE"]
     config["mounts"] = [m for m in config["mounts"] if m["type"] != "cgroup"]
-    config["mounts"].append(
-        {"destination": "/.isolat/init", "source": str(BUILD / "isolat-init"), "type": "bind", "options": ["bind", "ro"]}
-    )
-    config["mounts"].append({"destination": "/usr", "source": "/usr", "type": "bind", "options": ["bind", "ro"]})
+    for source, target in ((BUILD / "isolat-init", "/.isolat/init"), (Path("/usr"), "/usr")):
+        bind = {"destination": target, "source": str(source), "type": "bind", "options": ["bind", "ro"]}
+        config["mounts"].append(bind)
     linux = config["linux"]
     linux["namespaces"] = [{"type": t} for t in ("pid", "network", "ipc", "uts", "mount", "user")]
     linux["uidMappings"] = linux["gidMappings"] = [{"containerID": 0, "hostID": BASE, "size": 65536}]
@@ -66,7 +65,8 @@ def place(tmp_path: Path) -> Iterator[tuple[Held, str]]:
     held = start_keeper(tmp_path / "env", "--hybrid")
     name = f"isolat-test-{os.getpid()}"
     pidfile = tmp_path / "pid"
-    argv = ["crun", "run", "-d", "--pid-file", str(pidfile), "--preserve-fds", "1", "-b", str(tmp_path / "bundle"), name]
+    options = ["--pid-file", str(pidfile), "--preserve-fds", "1", "-b", str(tmp_path / "bundle")]
+    argv = ["crun", "run", "-d", *options, name]
     try:
         held.c.spawn(
             "guest", argv, flags=k.F_CONTROL | k.F_LAUNCHER, more=[(k.T_PIDFILE, bytes(pidfile))],
@@ -85,9 +85,11 @@ def place(tmp_path: Path) -> Iterator[tuple[Held, str]]:
 def test_a_container_from_start_to_end(place: tuple[Held, str], tmp_path: Path) -> None:
     held, _ = place
     c: Controller = held.c
-    assert c.run("a", ["sh", "-c", "id -u; cat /proc/1/comm; echo $HOME; echo e >&2"], to="guest").stdout == b"0\ninit\n/root\n"
+    script = "id -u; cat /proc/1/comm; echo $HOME; echo e >&2"
+    assert c.run("a", ["sh", "-c", script], to="guest").stdout == b"0\ninit\n/root\n"
     assert c.run("b", ["cat"], to="guest", stdin=bytes(3 << 20)).stdout == bytes(3 << 20)
-    assert c.run("c", ["id"], to="guest", more=[(k.T_USER, "user")]).stdout == b"uid=1000(user) gid=1000(user) groups=1000(user),10(wheel)\n"
+    ids = c.run("c", ["id"], to="guest", more=[(k.T_USER, "user")]).stdout
+    assert ids == b"uid=1000(user) gid=1000(user) groups=1000(user),10(wheel)\n"
     client = c.adopt("guest/t", stdin=True)
     c.spawn("t", ["sh", "-c", "tty; stty size; read x; echo got $x; exit 7"], to="guest", flags=k.F_TTY | k.F_STDIN,
             more=[(k.T_ROWS, 30), (k.T_COLS, 100)])  # fmt: skip
@@ -100,7 +102,7 @@ def test_a_container_from_start_to_end(place: tuple[Held, str], tmp_path: Path) 
     # the init can neither be killed nor looked into from inside
     assert c.run("d", ["sh", "-c", "kill -9 1; cat /proc/1/environ || exit 5"], to="guest").code == 5
     outside = c.procs()["guest"].int(k.T_PID)
-    assert os.stat(f"/proc/{outside}/ns/user").st_ino != os.stat("/proc/self/ns/user").st_ino
+    assert Path(f"/proc/{outside}/ns/user").stat().st_ino != Path("/proc/self/ns/user").stat().st_ino
     script = "head -c 50000 /dev/zero; sleep 1000 & exit 4"
     result = c.run("main", ["sh", "-c", script], to="guest", flags=k.F_MAIN | k.F_LOG)
     assert (len(result.stdout), result.code) == (50000, 4)
@@ -118,5 +120,5 @@ def test_a_killed_keeper_takes_its_container_with_it(place: tuple[Held, str]) ->
 
 def test_what_crun_says_comes_with_the_error(tmp_path: Path, c: Controller) -> None:
     with pytest.raises(Exception, match=r"launch.*no-such-bundle"):
-        c.spawn("guest", ["crun", "run", "-d", "--pid-file", str(tmp_path / "pid"), "-b", "/no-such-bundle", "isolat-x"],
-                flags=k.F_CONTROL | k.F_LAUNCHER, more=[(k.T_PIDFILE, bytes(tmp_path / "pid"))])  # fmt: skip
+        argv = ["crun", "run", "-d", "-b", "/no-such-bundle", "isolat-x"]
+        c.spawn("guest", argv, flags=k.F_CONTROL | k.F_LAUNCHER, more=[(k.T_PIDFILE, b"/none")])

@@ -11,7 +11,21 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from wireside import INIT, KEEPER, SANITIZED, Client, Controller, Gone, Held, Line, Refused, spawn_fields, start_init, start_keeper, wait_for
+from tests.unit.native.wireside import (
+    INIT,
+    KEEPER,
+    SANITIZED,
+    Client,
+    Controller,
+    Gone,
+    Held,
+    Line,
+    Refused,
+    spawn_fields,
+    start_init,
+    start_keeper,
+    wait_for,
+)
 
 from isolat.wire import codec
 from isolat.wire import kinds as k
@@ -51,7 +65,9 @@ def connect(held: Held) -> Controller:
 KINDS = sorted(k.KIND_NAMES)
 TAGS = st.integers(0, 50)
 # Everything but what would do harm to this machine: no TO to nowhere is needed, no path outside of nowhere.
-WORDS = st.sampled_from([b"", b"p", b"q", b"guest", b"guest/p", b"/nowhere/isolat/x", b"a/b", b"/", b"//", b"\0", b"x" * 300])
+WORDS = st.sampled_from(
+    [b"", b"p", b"q", b"guest", b"guest/p", b"/nowhere/isolat/x", b"a/b", b"/", b"//", b"\0", b"x" * 300]
+)
 NUMBERS = st.one_of(st.integers(0, 130), st.sampled_from([-1, 1 << 31, 1 << 62, -(1 << 63)]))
 RAW = st.binary(max_size=40)
 
@@ -87,7 +103,8 @@ def broken(draw: st.DrawFn) -> bytes:
     return bytes(frame[: draw(st.integers(1, len(frame)))])
 
 
-FRAMES = st.lists(st.one_of(broken(), well_formed([x for x in KINDS if x not in HARMFUL]), st.binary(max_size=60)), max_size=6)
+HARMLESS = [kind for kind in KINDS if kind not in HARMFUL]
+FRAMES = st.lists(st.one_of(broken(), well_formed(HARMLESS), st.binary(max_size=60)), max_size=6)
 
 
 def throw(line: Line, data: list[bytes], fds: list[int]) -> None:
@@ -148,7 +165,9 @@ HELLO = codec.pack(k.HELLO, 0, [(k.T_VERSION, 1), (k.T_ROLE, "init")])
 @st.composite
 def answers(draw: st.DrawFn) -> bytes:
     kind = draw(st.sampled_from([k.OK, k.ERROR, k.EXITED, k.HELLO, k.LOST, k.SPAWN]))
-    fields = draw(st.one_of(NESTED, st.just([(k.T_KEY, "p"), (k.T_CODE, 3), (k.T_SIGNAL, 0)]), st.just([(k.T_PID, 7)])))
+    exited: codec.Fields = [(k.T_KEY, "p"), (k.T_CODE, 3), (k.T_SIGNAL, 0)]
+    started: codec.Fields = [(k.T_PID, 7)]
+    fields: codec.Fields = draw(st.one_of(NESTED, st.just(exited), st.just(started)))
     return codec.pack(kind, draw(st.integers(0, 4)), fields, draw(st.integers(0, 4)))
 
 
@@ -189,13 +208,16 @@ def test_the_controller_of_an_init(tmp_path_factory: pytest.TempPathFactory, dat
 def test_steps_and_spawns_of_any_form(keeper: Held) -> None:
     @SAFE
     @given(
-        kind=st.sampled_from([k.SPAWN, k.STEP, k.WRITE, k.SIGNAL]), fields=NESTED, op=st.integers(0, 9), nfds=st.integers(0, 4)
+        kind=st.sampled_from([k.SPAWN, k.STEP, k.WRITE, k.SIGNAL]),
+        fields=NESTED,
+        op=st.integers(0, 9),
+        nfds=st.integers(0, 4),
     )
     def check(kind: int, fields: codec.Fields, op: int, nfds: int) -> None:
         # a directory that does not exist, a command that does not exist: nothing of it can come to pass
         if any(tag in {k.T_SCOPE, k.T_INVERSE, k.T_ARGV} for tag, _ in fields):
             return
-        own: codec.Fields = [(k.T_KEY, "p"), (k.T_PATH, b"/nowhere/isolat/y"), (k.T_ARGV, b"/nowhere/x"), (k.T_OP, op % 2)]
+        own: codec.Fields = [(k.T_KEY, "p"), (k.T_PATH, b"/nowhere/y"), (k.T_ARGV, b"/nowhere/x"), (k.T_OP, op % 2)]
         nested: codec.Fields = [(k.T_OP, op), (k.T_PATH, b"/proc/isolat/none"), (k.T_SOURCE, b"/nowhere"),
                                 (k.T_TARGET, b"/proc/isolat/none"), *fields]  # fmt: skip
         null = os.open("/dev/null", os.O_RDONLY)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from wireside import INIT, Controller, Held, Refused, alive, start_init, wait_for
+from tests.unit.native.wireside import INIT, Controller, Held, Refused, alive, start_init, wait_for
 
 from isolat.wire import kinds as k
 
@@ -27,7 +27,7 @@ def g(c: Controller) -> Controller:
 def to(request: pytest.FixtureRequest, g: Controller) -> str:
     if request.param == "guest/guest":
         g.spawn("guest", [str(INIT)], flags=k.F_CONTROL, to="guest")
-    return request.param
+    return str(request.param)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from wireside import INIT, KEEPER, SANITIZE, Controller, Held, start_keeper, wait_for
+from tests.unit.native.wireside import INIT, KEEPER, SANITIZE, Controller, Held, start_keeper, wait_for
 
 from isolat.wire import kinds as k
 
@@ -55,7 +55,7 @@ def test_usage(tmp_path: Path) -> None:
 
 
 def fds(pid: int) -> int:
-    return len(os.listdir(f"/proc/{pid}/fd"))
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
 def test_no_descriptor_is_lost(keeper: Held) -> None:
@@ -86,7 +86,7 @@ def test_everything_is_close_on_exec(keeper: Held) -> None:
     c.spawn("guest", [str(INIT)], flags=k.F_CONTROL)
     c.spawn("p", ["sleep", "60"], flags=k.F_TTY)
     client = c.adopt("p")
-    for fd in os.listdir(f"/proc/{keeper.pid}/fd"):
+    for fd in [p.name for p in Path(f"/proc/{keeper.pid}/fd").iterdir()]:
         info = Path(f"/proc/{keeper.pid}/fdinfo/{fd}").read_text()
         flags = int(next(line for line in info.splitlines() if line.startswith("flags:")).split()[1], 8)
         assert int(fd) < 3 or flags & os.O_CLOEXEC, fd

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from wireside import Controller, Held, log_records, start_keeper, wait_for
+from tests.unit.native.wireside import Controller, Held, log_records, start_keeper, wait_for
 
 from isolat.wire import kinds as k
 

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from wireside import Controller, Held, Refused, start_keeper
+from tests.unit.native.wireside import Controller, Held, Refused, start_keeper
 
+from isolat.wire import codec
 from isolat.wire import kinds as k
 
 DIR, FILE, MOUNT, IDMAP, CGROUP, RUN, SUBVOLUME = range(1, 8)
@@ -29,7 +30,7 @@ def see(held: Held, p: Path) -> Path:
 
 def test_dir(c: Controller, tmp_path: Path) -> None:
     d = tmp_path / "a" / "b"
-    fields = [path(d), (k.T_MODE, 0o1750), (k.T_UID, os.getuid()), (k.T_GID, os.getgid())]
+    fields: codec.Fields = [path(d), (k.T_MODE, 0o1750), (k.T_UID, os.getuid()), (k.T_GID, os.getgid())]
     for _ in range(2):
         c.step(DIR, fields)
         assert d.stat().st_mode & 0o7777 == 0o1750
@@ -86,7 +87,7 @@ def test_file(c: Controller, tmp_path: Path) -> None:
 
 def test_run(c: Controller, tmp_path: Path) -> None:
     mark = tmp_path / "mark"
-    fields = [(k.T_ARGV, a.encode()) for a in (SH, "-c", f"echo $X > {mark}")]
+    fields: codec.Fields = [(k.T_ARGV, a.encode()) for a in (SH, "-c", f"echo $X > {mark}")]
     inverse = [(k.T_INVERSE, a.encode()) for a in ("rm", str(mark))]
     c.step(RUN, [*fields, (k.T_ENV, b"X=7"), (k.T_ENV, b"PATH=/bin"), *inverse])
     assert mark.read_text() == "7\n"
@@ -119,7 +120,7 @@ def test_run_does_not_wait_for_a_daemon_that_keeps_stderr(c: Controller) -> None
 
 
 def test_steps_go_on_in_order_until_one_fails(c: Controller, tmp_path: Path) -> None:
-    steps = [[(k.T_OP, DIR), path(tmp_path / name)] for name in ("a", "f/x", "c")]
+    steps: list[codec.Fields] = [[(k.T_OP, DIR), path(tmp_path / name)] for name in ("a", "f/x", "c")]
     (tmp_path / "f").write_text("")
     with pytest.raises(Refused):
         c.ask(k.STEP, [(k.T_OP, 0), *((k.T_STEP, s) for s in steps)])
@@ -136,7 +137,12 @@ def test_an_unknown_step_is_an_error(c: Controller, number: int) -> None:
 @pytest.mark.root
 def test_mount_is_private_and_idempotent(keeper: Held, tmp_path: Path) -> None:
     target = tmp_path / "m" / "t"
-    fields = [(k.T_SOURCE, b"none"), (k.T_TARGET, bytes(target)), (k.T_FSTYPE, "tmpfs"), (k.T_OPTIONS, b"size=1m")]
+    fields: codec.Fields = [
+        (k.T_SOURCE, b"none"),
+        (k.T_TARGET, bytes(target)),
+        (k.T_FSTYPE, "tmpfs"),
+        (k.T_OPTIONS, b"size=1m"),
+    ]
     for _ in range(2):
         keeper.c.step(MOUNT, fields)
     mounts = Path(f"/proc/{keeper.pid}/mounts").read_text()
@@ -151,7 +157,7 @@ def test_mount_is_private_and_idempotent(keeper: Held, tmp_path: Path) -> None:
 def test_a_file_is_bound_to_a_file(keeper: Held, tmp_path: Path) -> None:
     (tmp_path / "source").write_text("x")
     target = tmp_path / "n" / "t"
-    fields = [(k.T_SOURCE, bytes(tmp_path / "source")), (k.T_TARGET, bytes(target)), (k.T_COUNT, MS_BIND)]
+    fields: codec.Fields = [(k.T_SOURCE, bytes(tmp_path / "source")), (k.T_TARGET, bytes(target)), (k.T_COUNT, MS_BIND)]
     keeper.c.step(MOUNT, fields)
     assert see(keeper, target).read_text() == "x"
     keeper.c.step(MOUNT, fields, revert=True)
@@ -162,7 +168,11 @@ def test_removing_a_tree_stops_at_a_bind_mount(keeper: Held, tmp_path: Path) -> 
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "file").write_text("x")
     target = tmp_path / "tree" / "mounted"
-    fields = [(k.T_SOURCE, bytes(tmp_path / "precious")), (k.T_TARGET, bytes(target)), (k.T_COUNT, MS_BIND)]
+    fields: codec.Fields = [
+        (k.T_SOURCE, bytes(tmp_path / "precious")),
+        (k.T_TARGET, bytes(target)),
+        (k.T_COUNT, MS_BIND),
+    ]
     keeper.c.step(MOUNT, fields)
     with pytest.raises(Refused) as info:
         keeper.c.step(DIR, [path(tmp_path / "tree")], revert=True)
@@ -184,8 +194,8 @@ def test_idmap(keeper: Held, tmp_path: Path, by_descriptor: bool, directory: boo
         source.write_text("x")
     os.chown(source, 5, 6)
     target = tmp_path / "i" / "t"
-    line = [(k.T_UID, 0), (k.T_UID, 100000), (k.T_COUNT, 65536)]
-    fields = [(k.T_TARGET, bytes(target)), (k.T_LINE, line), (k.T_COUNT, MS_RDONLY)]
+    line: codec.Fields = [(k.T_UID, 0), (k.T_UID, 100000), (k.T_COUNT, 65536)]
+    fields: codec.Fields = [(k.T_TARGET, bytes(target)), (k.T_LINE, line), (k.T_COUNT, MS_RDONLY)]
     fds = []
     if by_descriptor:
         fds = [os.open(source, os.O_PATH)]
@@ -212,7 +222,7 @@ def cgroup_roots() -> list[Path]:
 def test_cgroup(c: Controller) -> None:
     name = f"isolat-test-{os.getpid()}"
     dirs = [root / name / "inner" for root in cgroup_roots()] + [root / name for root in cgroup_roots()]
-    fields = [(k.T_PATH, bytes(d)) for d in dirs]
+    fields: codec.Fields = [(k.T_PATH, bytes(d)) for d in dirs]
     pids = next(root for root in cgroup_roots() if root.name in {"pids", "cgroup"})
     if pids.name == "pids":
         fields.append((k.T_WRITE, [path(pids / name / "pids.max"), (k.T_DATA, b"30")]))

@@ -1,4 +1,4 @@
-"""The Python side of a keeper or an init under test: frames over a socketpair, and a process that never outlives its test."""
+"""The Python side of a keeper or init under test: frames over a socketpair, and a process that ends with its test."""
 
 from __future__ import annotations
 
@@ -117,9 +117,7 @@ class Controller(Line):
                 assert frame.kind == k.OK
                 return frame
 
-    def ask(
-        self, kind: int, fields: Iterable[tuple[int, codec.Value]] = (), fds: Sequence[int] = ()
-    ) -> codec.Frame:
+    def ask(self, kind: int, fields: Iterable[tuple[int, codec.Value]] = (), fds: Sequence[int] = ()) -> codec.Frame:
         return self.answer(self.send(kind, fields, fds))
 
     def exited(self, key: str) -> codec.Frame:
