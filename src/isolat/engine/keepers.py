@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 import subprocess
+import time
 from pathlib import Path
 
 from isolat.deadline import Deadline
@@ -34,6 +35,16 @@ class Keepers:
 
     def start(self, directory: Path, name: str, d: Deadline) -> Link:
         """A new keeper for the environment in ``directory``; the one that is there when it already has one."""
+        while True:
+            link = self._launch(directory, name, d) or self.find(directory, name, d)
+            if link is not None:
+                return link
+            # One that is just ending holds the lock but answers no more.
+            d.check(f"waiting for the former keeper of {name}")
+            time.sleep(0.01)
+
+    def _launch(self, directory: Path, name: str, d: Deadline) -> Link | None:
+        """A new keeper; None when another holds the environment."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         argv = [str(self._program), str(directory)]
         if self._facts.cgroups.mode == CgroupMode.HYBRID:
@@ -54,16 +65,13 @@ class Keepers:
         try:
             self._greet(link, d)
         except Lost:
-            if process.wait(5) != LOCK_HELD:
-                raise StartFailed(
-                    f"{name}: its keeper ended at once with code {process.returncode}",
-                    stage="keeper",
-                    details=_tail(directory / "keeper.log"),
-                ) from None
-            found = self.find(directory, name, d)
-            if found is None:
-                raise
-            return found
+            if process.wait(5) == LOCK_HELD:
+                return None
+            raise StartFailed(
+                f"{name}: its keeper ended at once with code {process.returncode}",
+                stage="keeper",
+                details=_tail(directory / "keeper.log"),
+            ) from None
         return link
 
     def find(self, directory: Path, name: str, d: Deadline) -> Link | None:
