@@ -44,11 +44,13 @@ _WHERE = {
 }
 
 
-def __getattr__(name: str) -> object:
-    where = _WHERE.get(name)
-    if where is None:
-        raise AttributeError(f"module 'isolat' has no attribute {name!r}")
-    return getattr(__import__(where, fromlist=[name]), name)
+if not TYPE_CHECKING:  # to a type checker only the names above exist
+
+    def __getattr__(name: str) -> object:
+        where = _WHERE.get(name)
+        if where is None:
+            raise AttributeError(f"module 'isolat' has no attribute {name!r}")
+        return getattr(__import__(where, fromlist=[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -21,7 +21,7 @@ from isolat.errors import DaemonUnavailable
 _WAIT_S = 15.0
 _STEP_S = 0.05
 _OURS = re.compile(
-    r"(lock|start\.lock|daemon\.(sock|log)(\..*)?|index\.sqlite.*|envs|pool.*|runtime|images|templates|doctor.*)"
+    r"(lock|start\.lock|daemon\.(sock|log)(\..*)?|index\.sqlite.*|envs|pool.*|runtime|images|mounts|templates|doctor.*)"
 )
 
 

@@ -18,7 +18,7 @@ MAX_RECORD_BYTES = 1 << 24
 STREAMS = {1: "stdout", 2: "stderr"}
 _READ_BYTES = 1 << 20
 _POLL_S = 0.1
-_WAIT_S = 2.0
+_WAIT_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,14 @@ def _inode(directory: int, name: str) -> int | None:
 
 
 def _files(directory: int) -> list[tuple[str, int]]:
-    """Name and inode of the log's files, oldest first."""
+    """Name and inode of the log's files, oldest first. Looked at twice: a rotation in between could hide one."""
+    found = _list(directory)
+    while found != (found := _list(directory)):
+        pass
+    return found
+
+
+def _list(directory: int) -> list[tuple[str, int]]:
     try:
         fd = os.open("log", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)
     except FileNotFoundError:
@@ -224,7 +231,7 @@ class _Watcher:
 class _Inotify:
     """inotify on a directory and one of its subdirectories, which may come later."""
 
-    MODIFY, MOVED_TO, CREATE, DELETE_SELF = 0x2, 0x80, 0x100, 0x400
+    MODIFY, MOVED_TO, CREATE, DELETE = 0x2, 0x80, 0x100, 0x200
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -243,7 +250,7 @@ class _Inotify:
         """Watch this directory too. True when it was not watched before and is now."""
         if self.fd < 0 or name in self._watched:
             return False
-        mask = self.MODIFY | self.MOVED_TO | self.CREATE | self.DELETE_SELF
+        mask = self.MODIFY | self.MOVED_TO | self.CREATE | self.DELETE
         if self._libc.inotify_add_watch(self.fd, f"{self._path}/{name}".encode(), mask) < 0:
             return False
         self._watched.add(name)

@@ -65,13 +65,15 @@ class Daemon:
 
         def answer(request: Request) -> None:
             keeper = Keeper()
-            request.stream(keeper)
-            keeper.write(1, out)
-            keeper.write(2, err)
-            keeper.exit(code)
-            request.ok(**{"code": code, "signal": 0, "removed": True, **final})
-            keeper.gone.wait(10)
-            keeper.close()
+            try:
+                request.stream(keeper)
+                keeper.write(1, out)
+                keeper.write(2, err)
+                keeper.exit(code)
+                request.ok(**{"code": code, "signal": 0, "removed": True, **final})
+                keeper.gone.wait(10)
+            finally:
+                keeper.close()
 
         self.answers[verb] = answer
 

@@ -84,7 +84,10 @@ class Keeper:
                 return
             for frame in decoder.feed(data):
                 with self._heard:
-                    self._take(frame)
+                    try:
+                        self._take(frame)
+                    except BrokenPipeError:  # the client has gone meanwhile
+                        pass
                     self._heard.notify_all()
 
     def _take(self, frame: codec.Frame) -> None:
