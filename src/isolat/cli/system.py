@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ def reset(parsed: o.Parsed) -> int:
     if not Path(root).exists():
         tables.print_lines([f"there is nothing: {root} does not exist"])
         return 0
+    if os.geteuid() != 0:
+        raise Refused("system reset needs root", hint="run it with sudo")
     if not parsed.flag("yes") and not ask(f"Remove every environment and image of {root}?"):
         tables.print_lines(["nothing was removed"])
         return EXIT_OURS
@@ -66,6 +69,7 @@ def reset(parsed: o.Parsed) -> int:
                 tables.print_lines([f"removed {content.get('what', '')} {content.get('id', '')}".rstrip()])
             kind, content, _ = request.next()
     with leftovers.alone(root):
+        leftovers.release(root)
         found = leftovers.wait_for_none(root)
         if found:
             raise IsolatError(f"something is left of {root}", details=tuple(found), hint="end it, then reset again")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from isolat.engine.paths import StateRoot
 from isolat.errors import DaemonUnavailable
+from isolat.linux import mounts
 
 _WAIT_S = 15.0
 _STEP_S = 0.05
@@ -83,10 +84,29 @@ def _processes(root: str) -> Iterator[str]:
 
 
 def _mounts(root: str) -> Iterator[str]:
-    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
-        target = re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), line.split(" ")[4])
-        if target != root and _below(target, root):
-            yield f"mount {target}"
+    own = _own_mount(root)
+    for entry in mounts.mounts():
+        if _below(entry.target, root) and (entry.target != root or own):
+            yield f"mount {entry.target}"
+
+
+def _own_mount(root: str) -> bool:
+    """Whether the root is bound onto itself, as the daemon does it; a disk that is mounted there is none of ours."""
+    entries = mounts.mounts()
+    found = [entry for entry in entries if entry.target == root]
+    above = [entry for entry in entries if entry.target != root and _below(root, entry.target.rstrip("/"))]
+    if not found or not above:
+        return False
+    outer = max(above, key=lambda entry: len(entry.target))
+    inside = outer.root.rstrip("/") + root.removeprefix(outer.target.rstrip("/"))
+    return found[-1].source == outer.source and found[-1].root == inside
+
+
+def release(root: str) -> None:
+    """Undo what the daemon did to the root itself: it is bound onto itself, so that its mounts can be shared."""
+    real = os.path.realpath(root)
+    while _own_mount(real):
+        mounts.umount(real, mounts.MNT_DETACH)
 
 
 def _loops(root: str) -> Iterator[str]:
@@ -116,7 +136,8 @@ def remove_root(root: str) -> list[str]:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    if not kept:
-        with contextlib.suppress(OSError):  # a mount point stays
-            Path(root).rmdir()
+    if mounts.is_mountpoint(root):
+        kept.append(root)
+    elif not kept:
+        Path(root).rmdir()
     return kept

@@ -12,6 +12,7 @@ import pytest
 from isolat.cli import manage, tables
 from isolat.client import leftovers, times
 from isolat.errors import UsageError
+from isolat.linux.mounts import parse_mountinfo
 
 from ..client.daemon import Daemon, Request
 from .conftest import Command
@@ -186,7 +187,19 @@ def test_version_and_shutdown(isolat: Command, daemon: Daemon, capsys: pytest.Ca
     assert isolat("system", "shutdown") == 0
 
 
-def test_reset_asks_first(isolat: Command, daemon: Daemon, capsys: pytest.CaptureFixture[str]) -> None:
+def test_reset_needs_root(
+    isolat: Command, daemon: Daemon, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert isolat("system", "reset", "--yes") == 125
+    assert "needs root" in capsys.readouterr().err
+    assert not daemon.requests
+
+
+def test_reset_asks_first(
+    isolat: Command, daemon: Daemon, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
     assert isolat("system", "reset") == 125
     assert "say yes with --yes" in capsys.readouterr().err
     assert not daemon.requests
@@ -225,6 +238,31 @@ def test_a_process_of_the_root_is_found(tmp_path: Path) -> None:
         process.kill()
         process.wait()
     assert leftovers.wait_for_none(str(tmp_path)) == []
+
+
+@pytest.mark.parametrize(
+    ("lines", "own"),
+    [
+        (["1 0 8:1 / / rw - ext4 /dev/a rw"], False),
+        (["1 0 8:1 / / rw - ext4 /dev/a rw", "2 1 8:1 /r/x /r/x rw - ext4 /dev/a rw"], True),
+        (
+            [
+                "1 0 8:1 / / rw - ext4 /dev/a rw",
+                "2 1 8:2 / /r rw - ext4 /dev/b rw",
+                "3 2 8:2 /x /r/x rw - ext4 /dev/b rw",
+            ],
+            True,
+        ),
+        (["1 0 8:1 / / rw - ext4 /dev/a rw", "2 1 8:2 / /r/x rw - ext4 /dev/b rw"], False),
+        (["1 0 8:1 / / rw - ext4 /dev/a rw", "2 1 8:1 /other /r/x rw - ext4 /dev/a rw"], False),
+    ],
+)
+def test_only_a_root_bound_onto_itself_is_our_mount(
+    lines: list[str], own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("isolat.linux.mounts.mounts", lambda: parse_mountinfo("\n".join(lines)))
+    assert leftovers._own_mount("/r/x") is own
+    assert list(leftovers._mounts("/r/x")) == (["mount /r/x"] if own else [])
 
 
 @pytest.mark.parametrize(
