@@ -11,10 +11,10 @@ import _socket
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any, Literal, Unpack, overload
 
 from isolat.client import connect, logs, streams
-from isolat.client.service import service
+from isolat.client.service import Options, service
 from isolat.client.times import NS
 from isolat.errors import DeadlineExceeded, IsolatError, Lost, ProtocolError, StartFailed
 
@@ -152,7 +152,7 @@ class Client:
 
     @overload
     def run(
-        self, image: str, command: Sequence[str] | str = (), *, detach: Literal[True], **options: Any
+        self, image: str, command: Sequence[str] | str = (), *, detach: Literal[True], **options: Unpack[Options]
     ) -> Environment: ...
 
     @overload
@@ -163,9 +163,8 @@ class Client:
         *,
         detach: Literal[False] = False,
         input: bytes | None = None,
-        timeout_s: float | None = None,
         on_output: OnOutput | None = None,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> Result: ...
 
     def run(
@@ -175,17 +174,16 @@ class Client:
         *,
         detach: bool = False,
         input: bytes | None = None,
-        timeout_s: float | None = None,
         on_output: OnOutput | None = None,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> Environment | Result:
         """Run a command in a new environment: to its end, or with ``detach`` leave it running.
 
-        ``options`` are those of ``service``. To its end it is removed afterwards unless ``remove=False``.
+        To its end it is removed afterwards unless ``remove=False``; after ``timeout_s`` it is killed.
         """
         if not detach:
             options.setdefault("remove", True)
-        data, fds = service(image, command, stdin=input is not None, timeout_s=timeout_s, **options)
+        data, fds = service(image, command, stdin=input is not None, **options)
         try:
             request = self._call("run", {"spec": data, "attach": not detach}, fds)
         finally:
@@ -208,7 +206,7 @@ class Client:
         rows = self._ask("ps", {"all": all})["environments"]
         return [Environment(self, row["id"], row["name"], row) for row in rows]
 
-    def plan(self, image: str, command: Sequence[str] | str = (), **options: Any) -> dict[str, Any]:
+    def plan(self, image: str, command: Sequence[str] | str = (), **options: Unpack[Options]) -> dict[str, Any]:
         """Every effect that ``run`` would have: ``plan`` (data) and ``text``."""
         data, fds = service(image, command, **options)
         for fd in fds:
@@ -270,10 +268,11 @@ def open_logs(client: Client, env: str) -> tuple[int, bool]:
     return fds[0], bool(content.get("running"))
 
 
-def run(image: str, command: Sequence[str] | str = (), **options: Any) -> Result:
+def run(
+    image: str, command: Sequence[str] | str = (), *, input: bytes | None = None, **options: Unpack[Options]
+) -> Result:
     """Run a command in a new environment of the default root to its end, and remove that."""
-    result: Result = Client().run(image, command, **options)
-    return result
+    return Client().run(image, command, input=input, **options)
 
 
 def _exit(found: Mapping[str, Any]) -> Exit:

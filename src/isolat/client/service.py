@@ -4,78 +4,82 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from isolat.client import volumes as sources
 
 
-def service(
-    image: str,
-    command: Sequence[str] | str = (),
-    *,
-    name: str | None = None,
-    layer: str | None = None,
-    environment: Mapping[str, str] | None = None,
-    working_dir: str | None = None,
-    user: str | int | None = None,
-    hostname: str | None = None,
-    stdin: bool | None = None,
-    read_only: bool | None = None,
-    init: bool | None = None,
-    network: str | None = None,
-    memory: int | str | None = None,
-    memory_swap: int | str | None = None,
-    cpus: float | None = None,
-    cpu_shares: int | None = None,
-    pids: int | None = None,
-    disk: int | str | None = None,
-    volumes: Mapping[str, str] | None = None,
-    tmpfs: Sequence[str] | None = None,
-    labels: Mapping[str, str] | None = None,
-    stop_grace_s: float | None = None,
-    timeout_s: float | None = None,
-    remove: bool | None = None,
-    log_driver: str | None = None,
-    oci_runtime: str | None = None,
-    options: Mapping[str, Mapping[str, Any]] | None = None,
-) -> tuple[dict[str, Any], list[int]]:
-    """The service (docs/spec.md), and a descriptor for each volume, which the caller closes.
+class Options(TypedDict, total=False):
+    """What an environment may be given (docs/spec.md). ``volumes`` maps a source to ``TARGET`` or ``TARGET:ro``;
+    ``options`` maps a layer to what only that layer understands."""
 
-    ``volumes`` maps a source to ``TARGET`` or ``TARGET:ro``; ``options`` a layer to what only it understands.
-    """
-    given: dict[str, Any] = {
-        "image": image,
-        "command": command if isinstance(command, str) else list(command),
-        "container_name": name,
-        "runtime": layer,
-        "environment": None if environment is None else dict(environment),
-        "working_dir": working_dir,
-        "user": user,
-        "hostname": hostname,
-        "stdin_open": stdin,
-        "read_only": read_only,
-        "init": init,
-        "network_mode": network,
-        "mem_limit": memory,
-        "memswap_limit": memory_swap,
-        "cpus": cpus,
-        "cpu_shares": cpu_shares,
-        "pids_limit": pids,
-        "storage_opt": None if disk is None else {"size": disk},
-        "tmpfs": None if tmpfs is None else list(tmpfs),
-        "labels": None if labels is None else dict(labels),
-        "stop_grace_period": stop_grace_s,
-        "x-timeout": timeout_s,
-        "x-remove": remove,
-        "logging": None if log_driver is None else {"driver": log_driver},
-        "x-oci-runtime": oci_runtime,
-        **{f"x-{name}": dict(found) for name, found in (options or {}).items()},
-    }
-    data = {key: value for key, value in given.items() if value is not None}
-    if not data["command"]:
-        del data["command"]
-    mounted, fds = _open(volumes or {})
+    name: str
+    layer: str
+    environment: Mapping[str, str]
+    working_dir: str
+    user: str | int
+    hostname: str
+    read_only: bool
+    init: bool
+    network: str
+    memory: int | str
+    memory_swap: int | str
+    cpus: float
+    cpu_shares: int
+    pids: int
+    disk: int | str
+    volumes: Mapping[str, str]
+    tmpfs: Sequence[str]
+    labels: Mapping[str, str]
+    stop_grace_s: float
+    timeout_s: float
+    remove: bool
+    log_driver: str
+    oci_runtime: str
+    options: Mapping[str, Mapping[str, Any]]
+
+
+# option → key of the spec, where the value is passed on as it was given
+_KEYS = {
+    "name": "container_name", "layer": "runtime", "environment": "environment", "working_dir": "working_dir",
+    "user": "user", "hostname": "hostname", "read_only": "read_only", "init": "init", "network": "network_mode",
+    "memory": "mem_limit", "memory_swap": "memswap_limit", "cpus": "cpus", "cpu_shares": "cpu_shares",
+    "pids": "pids_limit", "tmpfs": "tmpfs", "labels": "labels", "stop_grace_s": "stop_grace_period",
+    "timeout_s": "x-timeout", "remove": "x-remove", "oci_runtime": "x-oci-runtime",
+}  # fmt: skip
+_OTHERS = {"disk", "log_driver", "volumes", "options"}
+
+
+def service(
+    image: str, command: Sequence[str] | str = (), *, stdin: bool = False, **options: Unpack[Options]
+) -> tuple[dict[str, Any], list[int]]:
+    """The service, and a descriptor for each volume, which the caller closes. Raises TypeError as a call does."""
+    for name in options:
+        if name not in _KEYS and name not in _OTHERS:
+            raise TypeError(f"there is no option {name!r}")
+    data: dict[str, Any] = {"image": image}
+    if command:
+        data["command"] = command if isinstance(command, str) else list(command)
+    if stdin:
+        data["stdin_open"] = True
+    for name, value in options.items():
+        if name in _KEYS and value is not None:
+            data[_KEYS[name]] = _plain(value)
+    if options.get("disk") is not None:
+        data["storage_opt"] = {"size": options["disk"]}
+    if options.get("log_driver") is not None:
+        data["logging"] = {"driver": options["log_driver"]}
+    for layer, own in (options.get("options") or {}).items():
+        data[f"x-{layer}"] = dict(own)
+    mounted, fds = _open(options.get("volumes") or {})
     return ({**data, "volumes": mounted} if mounted else data), fds
+
+
+def _plain(value: object) -> object:
+    """Any mapping or sequence as the one that has a JSON form."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
 def _open(volumes: Mapping[str, str]) -> tuple[list[dict[str, Any]], list[int]]:

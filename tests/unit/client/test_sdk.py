@@ -49,7 +49,7 @@ def test_run_to_the_end(daemon: Daemon) -> None:
     result = isolat.Client(daemon.root).run("debian", ["x"], environment={"A": "1"}, memory="64m")
     assert result == isolat.Result(3, b"out\xff", b"err")
     assert daemon.requests[0].args["spec"] == {
-        "image": "debian", "command": ["x"], "environment": {"A": "1"}, "mem_limit": "64m", "stdin_open": False,
+        "image": "debian", "command": ["x"], "environment": {"A": "1"}, "mem_limit": "64m",
         "x-remove": True,
     }  # fmt: skip
     with pytest.raises(isolat.CommandFailed, match="ended with 3") as caught:
@@ -77,6 +77,12 @@ def test_every_option_parses(tmp_path: Path) -> None:
         3.0,
     )
     assert (spec.volumes[0].target, spec.volumes[0].read_only, spec.option("b")) == ("/data", True, {"x": 1})
+
+
+def test_an_option_that_is_none_is_a_type_error_before_anything_is_sent(daemon: Daemon) -> None:
+    with pytest.raises(TypeError, match="no option 'memroy'"):
+        isolat.Client(daemon.root).run("debian", memroy="1g")  # type: ignore[call-overload]
+    assert not daemon.requests
 
 
 def test_input_goes_in_and_output_comes_as_it_is_written(daemon: Daemon) -> None:
