@@ -79,23 +79,20 @@ def test_the_layer_is_in_the_registry_under_its_own_name(subject: Subject) -> No
 
 
 @pytest.mark.parametrize("name", sorted(REFUSABLE))
+@pytest.mark.applies(to=lambda s, name: not getattr(s.can, name))
 def test_what_is_not_declared_is_refused_before_any_effect(root: Root, subject: Subject, name: str) -> None:
-    if getattr(subject.can, name):
-        pytest.skip(f"{subject.name} declares {name}")
     _refused(root, subject.spec("true", **REFUSABLE[name]))
 
 
+@pytest.mark.applies(to=lambda s: not s.can.volumes)
 def test_volumes_that_are_not_declared_are_refused(root: Root, subject: Subject, directory: tuple[str, int]) -> None:
-    if subject.can.volumes:
-        pytest.skip(f"{subject.name} declares volumes")
     path, fd = directory
     _refused(root, subject.spec("true", volumes=[f"{path}:/vol"]), (fd,))
 
 
 @pytest.mark.parametrize("name", sorted(LIMITS))
+@pytest.mark.applies(to=lambda s, name: name not in s.can.limits)
 def test_a_limit_that_is_not_declared_is_refused(root: Root, subject: Subject, name: str) -> None:
-    if name in subject.can.limits:
-        pytest.skip(f"{subject.name} declares the limit {name}")
     _refused(root, subject.spec("true", **LIMITS[name]))
 
 
@@ -107,7 +104,7 @@ def test_networks_are_as_declared(root: Root, subject: Subject, network: str) ->
     elif network == "none" and subject.can.boundary != "none":
         assert _output(root, spec) == "lo\n"
     elif network == "host":
-        assert _output(root, spec).split() == sorted(os.listdir("/sys/class/net"))
+        assert _output(root, spec).split() == sorted(path.name for path in Path("/sys/class/net").iterdir())
 
 
 def test_an_option_that_the_layer_does_not_know_is_refused(root: Root, subject: Subject) -> None:
@@ -117,40 +114,35 @@ def test_an_option_that_the_layer_does_not_know_is_refused(root: Root, subject: 
     assert root.environments() == []
 
 
+@pytest.mark.applies(to=lambda s: s.can.read_only)
 def test_a_read_only_root_cannot_be_written(root: Root, subject: Subject) -> None:
-    if not subject.can.read_only:
-        pytest.skip(f"{subject.name} declares no read_only")
     script = "for d in / /usr /etc /var; do touch $d/x 2>/dev/null && echo wrote $d; done; echo tried"
     assert _output(root, subject.shell(script, read_only=True)) == "tried\n"
 
 
+@pytest.mark.applies(to=lambda s: s.outer.capabilities.images)
 def test_a_writable_root_is_the_environments_own(root: Root, subject: Subject) -> None:
-    if not subject.outer.capabilities.images:
-        pytest.skip(f"{subject.name} has no root of its own")
     assert _output(root, subject.shell("echo mine > /usr/mark && cat /usr/mark")) == "mine\n"
     assert _output(root, subject.shell("test -e /usr/mark || echo absent")) == "absent\n"
 
 
+@pytest.mark.applies(to=lambda s: s.can.hostname)
 def test_the_host_name(root: Root, subject: Subject) -> None:
-    if not subject.can.hostname:
-        pytest.skip(f"{subject.name} declares no hostname")
     script = "cat /proc/sys/kernel/hostname"
     assert _output(root, subject.shell(script, hostname="elsewhere")) == "elsewhere\n"
 
 
+@pytest.mark.applies(to=lambda s: s.can.tmpfs)
 def test_a_tmpfs_has_its_size(root: Root, subject: Subject) -> None:
-    if not subject.can.tmpfs:
-        pytest.skip(f"{subject.name} declares no tmpfs")
     script = "echo x > /scratch/x && dd if=/dev/zero of=/scratch/y bs=64k count=64 2>/dev/null || wc -c < /scratch/y"
     written = int(_output(root, subject.shell(script, tmpfs="/scratch:size=1m")))
     assert 900_000 < written <= MIB
 
 
+@pytest.mark.applies(to=lambda s: s.can.volumes)
 def test_a_volume_is_seen_and_written_with_the_callers_ownership(
     root: Root, subject: Subject, directory: tuple[str, int]
 ) -> None:
-    if not subject.can.volumes:
-        pytest.skip(f"{subject.name} declares no volumes")
     path, fd = directory
     spec = subject.shell("cat /vol/told; echo answer > /vol/answer; stat -c %u /vol/answer", volumes=[f"{path}:/vol"])
     assert _output(root, spec, (fd,)) == "from the host\n0\n"
@@ -159,9 +151,8 @@ def test_a_volume_is_seen_and_written_with_the_callers_ownership(
     assert answer.stat().st_uid == os.getuid()
 
 
+@pytest.mark.applies(to=lambda s: s.can.volumes)
 def test_a_read_only_volume_cannot_be_written(root: Root, subject: Subject, directory: tuple[str, int]) -> None:
-    if not subject.can.volumes:
-        pytest.skip(f"{subject.name} declares no volumes")
     path, fd = directory
     spec = subject.shell("cat /vol/told; touch /vol/x 2>/dev/null || echo refused", volumes=[f"{path}:/vol:ro"])
     assert _output(root, spec, (fd,)) == "from the host\nrefused\n"
@@ -176,23 +167,25 @@ def _control(root: Root, id: str, name: str) -> str:
     raise AssertionError(f"{name} is in no control group of {id}")
 
 
-V1 = {"memory": ("memory.limit_in_bytes", str(64 * MIB)), "pids": ("pids.max", "77"), "cpus": ("cpu.cfs_quota_us", "50000")}
+V1 = {
+    "memory": ("memory.limit_in_bytes", str(64 * MIB)),
+    "pids": ("pids.max", "77"),
+    "cpus": ("cpu.cfs_quota_us", "50000"),
+}
 V2 = {"memory": ("memory.max", str(64 * MIB)), "pids": ("pids.max", "77"), "cpus": ("cpu.max", "50000 100000")}
 
 
 @pytest.mark.parametrize("name", sorted(V1))
+@pytest.mark.applies(to=lambda s, name: name in s.can.limits)
 def test_a_declared_limit_is_the_kernels(root: Root, subject: Subject, name: str) -> None:
-    if name not in subject.can.limits:
-        pytest.skip(f"{subject.name} does not declare the limit {name}")
     id = root.run_detached(subject.spec("sleep", "600", **LIMITS[name]))
     unified = Path("/sys/fs/cgroup/cgroup.controllers").exists()
     file, value = (V2 if unified else V1)[name]
     assert _control(root, id, file) == value
 
 
+@pytest.mark.applies(to=lambda s: "pids" in s.can.limits)
 def test_the_limits_count_what_runs_inside(root: Root, subject: Subject) -> None:
-    if "pids" not in subject.can.limits:
-        pytest.skip(f"{subject.name} does not declare the limit pids")
     id = root.run_detached(subject.spec("sleep", "600"))
     before = int(_control(root, id, "pids.current"))
     assert before >= 1
@@ -202,9 +195,8 @@ def test_the_limits_count_what_runs_inside(root: Root, subject: Subject) -> None
         stream.close()
 
 
+@pytest.mark.applies(to=lambda s: "disk" in s.can.limits)
 def test_a_disk_limit_bounds_what_is_written(root: Root, subject: Subject) -> None:
-    if "disk" not in subject.can.limits:
-        pytest.skip(f"{subject.name} does not declare the limit disk")
     script = "dd if=/dev/zero of=/var/big bs=1M count=64 2>/dev/null && sync && echo unbounded; wc -c < /var/big"
     written = int(_output(root, subject.shell(script, **LIMITS["disk"])))
     assert 16 * MIB <= written <= 33 * MIB

@@ -1,4 +1,4 @@
-"""How an environment ends: asked, forced, killed with its keeper or under a killed daemon; then nothing is left of it."""
+"""How an environment ends: asked, forced, with its keeper or under a killed daemon; then nothing is left of it."""
 
 from __future__ import annotations
 
@@ -96,9 +96,8 @@ def test_what_runs_outlives_a_killed_daemon_and_can_be_used_again(root: Root, su
     assert root.ask("stop", {"env": id, "grace_s": 10})["code"] == 7
 
 
+@pytest.mark.applies(to=lambda s: s.can.enter)
 def test_an_exec_stream_is_not_cut_by_a_killed_daemon(root: Root, subject: Subject) -> None:
-    if not subject.can.enter:
-        pytest.skip(f"{subject.name} declares that it cannot be entered")
     id = root.run_detached(subject.spec("sleep", "600"))
     stream = root.exec(id, ["sh", "-c", COUNTING])
     stream.until_out(b"line 20\n")

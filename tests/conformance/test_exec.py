@@ -49,7 +49,9 @@ def test_a_flood_of_output_is_complete_at_the_end(launch: Launcher) -> None:
 
 
 def test_a_terminal_is_one(launch: Launcher) -> None:
-    stream = launch("sh", "-c", "test -t 0 && test -t 1 && test -t 2 && stty size", tty=True, stdin=True, rows=33, cols=77)
+    stream = launch(
+        "sh", "-c", "test -t 0 && test -t 1 && test -t 2 && stty size", tty=True, stdin=True, rows=33, cols=77
+    )
     assert stream.ended() == 0
     assert bytes(stream.out) == b"33 77\r\n"
 
@@ -129,7 +131,11 @@ def test_the_default_action_of_a_signal_is_not_disturbed(launch: Launcher) -> No
 
 def test_signals_are_neither_blocked_nor_ignored(launch: Launcher) -> None:
     status = dict(line.split(":", 1) for line in launch.output("cat", "/proc/self/status").splitlines())
-    assert {name: int(status[name], 16) for name in ("SigBlk", "SigIgn", "SigCgt")} == {"SigBlk": 0, "SigIgn": 0, "SigCgt": 0}
+    assert {name: int(status[name], 16) for name in ("SigBlk", "SigIgn", "SigCgt")} == {
+        "SigBlk": 0,
+        "SigIgn": 0,
+        "SigCgt": 0,
+    }
 
 
 def test_no_descriptor_but_the_three_is_open(launch: Launcher) -> None:
@@ -160,16 +166,14 @@ def test_a_long_command_line(launch: Launcher) -> None:
     assert launch.output("sh", "-c", "echo $#", "sh", *words) == "200\n"
 
 
+@pytest.mark.applies(to=lambda s: s.can.users)
 def test_another_user(launch: Launcher, subject: Subject) -> None:
-    if not subject.can.users:
-        pytest.skip(f"{subject.name} declares no users")
     assert launch.output("sh", "-c", "id -u; id -g", user="1234:2345") == "1234\n2345\n"
     assert launch.output("id", "-un", user="nobody") == "nobody\n" if launch.how == "exec" else True
 
 
+@pytest.mark.applies(to=lambda s: s.can.users)
 def test_a_user_that_does_not_exist_is_refused(launch: Launcher, subject: Subject) -> None:
-    if not subject.can.users:
-        pytest.skip(f"{subject.name} declares no users")
     from isolat.errors import StartFailed
 
     with pytest.raises(StartFailed) as told:

@@ -22,11 +22,6 @@ def _nothing(root: Root) -> None:
     assert traces.none_of_environments(root.path, 2) == []
 
 
-def _fakes(subject: Subject) -> None:
-    if subject.layers[-1].name != "fake":
-        pytest.skip("only the fake layer fails on demand")
-
-
 def test_a_command_that_does_not_start_leaves_no_environment(root: Root, subject: Subject) -> None:
     for command, error in (("/no/such", CommandNotFound), ("/etc/passwd", NotExecutable)):
         with pytest.raises(error) as told:
@@ -37,8 +32,8 @@ def test_a_command_that_does_not_start_leaves_no_environment(root: Root, subject
 
 
 @pytest.mark.parametrize("step", [0, 1, 4])
+@pytest.mark.applies(to=lambda s: s.layers[-1].name == "fake")
 def test_a_step_that_fails_undoes_those_before_it(root: Root, subject: Subject, step: int) -> None:
-    _fakes(subject)
     options = {"x-fake": {"steps": 5, "fail_step": step}}
     with pytest.raises(StartFailed) as told:
         root.ask("run", {"spec": {**subject.spec("true"), **options}})
@@ -46,8 +41,8 @@ def test_a_step_that_fails_undoes_those_before_it(root: Root, subject: Subject, 
     _nothing(root)
 
 
+@pytest.mark.applies(to=lambda s: s.layers[-1].name == "fake")
 def test_a_start_past_its_deadline_fails_and_nothing_survives(fresh_root: Root, subject: Subject) -> None:
-    _fakes(subject)
     fresh_root.start_daemon(ISOLAT_START_S=str(START_S))
     began = time.monotonic()
     with pytest.raises((StartFailed, DeadlineExceeded)) as told:
@@ -58,8 +53,8 @@ def test_a_start_past_its_deadline_fails_and_nothing_survives(fresh_root: Root, 
     assert traces.processes("sleep 86398") == {}
 
 
+@pytest.mark.applies(to=lambda s: s.layers[-1].name == "fake")
 def test_a_slow_start_within_its_deadline_succeeds(root: Root, subject: Subject) -> None:
-    _fakes(subject)
     conversation, stream, _ = root.run({**subject.shell("echo up"), "x-fake": {"slow_start_s": 0.3}})
     assert stream.ended() == 0
     assert bytes(stream.out) == b"up\n"
@@ -67,9 +62,8 @@ def test_a_slow_start_within_its_deadline_succeeds(root: Root, subject: Subject)
     stream.close()
 
 
+@pytest.mark.applies(to=lambda s: s.outer.capabilities.images)
 def test_an_unknown_image_is_refused_before_any_effect(root: Root, subject: Subject) -> None:
-    if not subject.outer.capabilities.images:
-        pytest.skip(f"{subject.name} needs no image")
     from isolat.errors import NotFound
 
     with pytest.raises(NotFound):

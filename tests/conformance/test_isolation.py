@@ -27,27 +27,22 @@ def _inside(root: Root, subject: Subject, script: str, **keys: object) -> str:
     return stream.out.decode().strip()
 
 
-def _skip_unless(subject: Subject, *boundaries: Boundary) -> None:
-    if subject.can.boundary not in boundaries:
-        pytest.skip(f"the boundary of {subject.name} is {subject.can.boundary}")
-
-
 def test_processes_of_the_host(root: Root, subject: Subject) -> None:
     words = _inside(root, subject, f"tr '\\0' ' ' < /proc/{os.getpid()}/cmdline 2>/dev/null; true")
     mine = Path("/proc/self/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
     assert (words == mine) == (subject.can.boundary == Boundary.NONE)
 
 
+@pytest.mark.applies(to=lambda s: s.can.boundary in (Boundary.NAMESPACES, Boundary.KERNEL))
 def test_only_its_own_processes_are_visible(root: Root, subject: Subject) -> None:
-    _skip_unless(subject, Boundary.NAMESPACES, Boundary.KERNEL)
     pids = [int(word) for word in _inside(root, subject, "cd /proc && echo [0-9]*").split()]
     assert 1 in pids
     if subject.can.boundary == Boundary.NAMESPACES:
         assert len(pids) <= 3 + len(subject.layers)
 
 
+@pytest.mark.applies(to=lambda s: s.can.boundary == Boundary.NAMESPACES)
 def test_namespaces(root: Root, subject: Subject) -> None:
-    _skip_unless(subject, Boundary.NAMESPACES)
     script = "; ".join(f"readlink /proc/self/ns/{kind}" for kind in NAMESPACES)
     found = _inside(root, subject, script).splitlines()
     for kind, inside in zip(NAMESPACES, found, strict=True):
@@ -94,11 +89,11 @@ def test_files_of_the_host(root: Root, subject: Subject, tmp_path: Path) -> None
     assert (found == "secret") == (not subject.outer.capabilities.images)
 
 
+@pytest.mark.applies(to=lambda s: s.can.boundary == Boundary.NAMESPACES)
 def test_disks_of_the_host(root: Root, subject: Subject) -> None:
-    _skip_unless(subject, Boundary.NAMESPACES)
     assert _inside(root, subject, "find /dev -type b") == ""
 
 
+@pytest.mark.applies(to=lambda s: s.can.boundary in (Boundary.NAMESPACES, Boundary.KERNEL))
 def test_the_state_root_is_not_visible_inside(root: Root, subject: Subject) -> None:
-    _skip_unless(subject, Boundary.NAMESPACES, Boundary.KERNEL)
     assert _inside(root, subject, f"ls -d {root.path} 2>/dev/null; true") == ""

@@ -32,10 +32,9 @@ def program() -> str:
 
 def plain_environment() -> dict[str, str]:
     """This process's environment without anything that would change what Isolat does."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("ISOLAT_") or name == "ISOLAT_LIBEXEC"}
-
-
-KEPT = ("daemon.log", "lock", "images", "mounts", "envs", "runtime", "index.sqlite")
+    return {
+        name: value for name, value in os.environ.items() if not name.startswith("ISOLAT_") or name == "ISOLAT_LIBEXEC"
+    }
 
 
 class Root:
@@ -58,7 +57,16 @@ class Root:
         read, write = os.pipe()
         with (self.path / "daemon.log").open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "isolat.daemon.main", "--root", str(self.path), "--ready-fd", str(write), *options],
+                [
+                    sys.executable,
+                    "-m",
+                    "isolat.daemon.main",
+                    "--root",
+                    str(self.path),
+                    "--ready-fd",
+                    str(write),
+                    *options,
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -101,10 +109,7 @@ class Root:
             time.sleep(0.01)
 
     def _reaped(self, pid: int) -> bool:
-        for process in self._daemons:
-            if process.poll() is not None and process.pid == pid:
-                return True
-        return False
+        return any(process.poll() is not None for process in self._daemons if process.pid == pid)
 
     def log(self) -> str:
         try:
@@ -114,12 +119,16 @@ class Root:
 
     # its interface
 
-    def open(self, verb: str, args: Mapping[str, Any] = {}, fds: Sequence[int] = (), seconds: float = 60) -> Conversation:
+    def open(
+        self, verb: str, args: Mapping[str, Any] = {}, fds: Sequence[int] = (), seconds: float = 60
+    ) -> Conversation:
         conversation = Conversation(self.socket, verb, args, fds, seconds)
         self._opened.append(conversation)
         return conversation
 
-    def ask(self, verb: str, args: Mapping[str, Any] = {}, fds: Sequence[int] = (), seconds: float = 60) -> dict[str, Any]:
+    def ask(
+        self, verb: str, args: Mapping[str, Any] = {}, fds: Sequence[int] = (), seconds: float = 60
+    ) -> dict[str, Any]:
         """A request to its end. Raises the error of the tree; Cut when the daemon went away."""
         conversation = self.open(verb, args, fds, seconds)
         try:
@@ -221,14 +230,13 @@ class Root:
         return traces.none_of_environments(self.path)
 
     def reset(self) -> list[str]:
-        """``system reset``, the daemon's end, and what is left of the whole root."""
+        """``system reset``: the root itself is gone then. What is left of it on the machine."""
         self.close_all()
-        pid = self.ensure_daemon()
-        with contextlib.suppress(Cut):
-            self.ask("reset", seconds=120)
-        self.daemon_gone(pid)
-        keep = {self.path / name for name in KEPT}
-        return traces.settled(lambda: [x for x in traces.of_root(self.path) if not _expected(x, self.path, keep)], 5)
+        done = self.cli("system", "reset", "--yes", seconds=120)
+        said = done.stdout.decode() + done.stderr.decode()
+        failed = [] if done.returncode == 0 else [f"system reset said {done.returncode}: {said}"]
+        left = traces.settled(lambda: traces.of_root(self.path), 5)
+        return [*failed, *left, *([f"directory {self.path}"] if self.path.exists() else [])]
 
     def destroy(self) -> None:
         """Whatever the test did to it: kill what is left, unmount, delete. For the ends that follow a failure too."""
@@ -243,14 +251,6 @@ class Root:
                 process.wait(5)
         _unmount_below(self.path)
         shutil.rmtree(self.path, ignore_errors=True)
-
-
-def _expected(line: str, root: Path, keep: set[Path]) -> bool:
-    """The image store and the log are the root's own; a reset removes environments, mounts, pool and control groups."""
-    if not line.startswith("file "):
-        return False
-    path = Path(line.removeprefix("file "))
-    return path in keep or root / "images" in path.parents
 
 
 def _tag(path: Path) -> str:
@@ -273,8 +273,8 @@ def private_root(*, image: bool = True) -> Iterator[Root]:
         if image:
             images.share(root.path)
         yield root
-        left = root.reset()
         defects = [line for line in root.log().splitlines() if "defect in" in line]
+        left = root.reset()
         if left or defects:
             pytest.fail("left after system reset:\n" + "\n".join([*left, *defects]), pytrace=False)
     finally:

@@ -164,9 +164,13 @@ class Stream:
         while not true():
             self.pump()
             if self.cut and not true():
-                raise Cut(f"cut while waiting for {what}: out {bytes(self.out[-500:])!r}, err {bytes(self.err[-500:])!r}")
+                raise Cut(
+                    f"cut while waiting for {what}: out {bytes(self.out[-500:])!r}, err {bytes(self.err[-500:])!r}"
+                )
             if time.monotonic() > end:
-                raise TooSlow(f"no {what} in {seconds} s: out {bytes(self.out[-500:])!r}, err {bytes(self.err[-500:])!r}")
+                raise TooSlow(
+                    f"no {what} in {seconds} s: out {bytes(self.out[-500:])!r}, err {bytes(self.err[-500:])!r}"
+                )
 
     def until_out(self, text: bytes, seconds: float = 20) -> None:
         self.until(lambda: text in self.out, seconds, repr(text))

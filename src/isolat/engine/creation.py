@@ -15,7 +15,7 @@ from isolat.engine.paths import StateRoot
 from isolat.errors import InternalError, Unsupported, UsageError
 from isolat.layers.base import GUEST, MAIN, Boundary, CanEnter, Frame, ImageRef, Job, Layer, Plan, Probe, State
 from isolat.places.base import Place
-from isolat.spec.model import DEFAULT_CPUS, Spec
+from isolat.spec.model import DEFAULT_CPUS, DEFAULT_DISK_BYTES, DEFAULT_MEMORY_BYTES, DEFAULT_PIDS, Spec
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 INSIDE_LIBEXEC = "/dev/.isolat"
@@ -138,14 +138,23 @@ def _outer_job(request: Request, place: Place, paths: StateRoot, libexec: Path) 
 
 
 def _inner_job(job: Job, layer: Layer, inside: Place) -> Job:
-    """The job of the next layer, as seen from the inside of this one: volumes and the image stay with the outermost."""
+    """The job of the next layer, as seen from inside this one: volumes, limits and image stay with the outermost."""
     shared = layer.capabilities.boundary == Boundary.NONE
     return replace(
         job,
         dir=f"{job.dir}/inner" if shared else f"{INSIDE_DIRECTORY}/{job.id}",
         libexec=job.libexec if shared else INSIDE_LIBEXEC,
         facts=inside.facts,
-        spec=replace(job.spec, volumes=(), tmpfs=()),
+        spec=replace(
+            job.spec,
+            volumes=(),
+            tmpfs=(),
+            memory_bytes=DEFAULT_MEMORY_BYTES,
+            memory_swap_bytes=None,
+            cpus=DEFAULT_CPUS,
+            pids_limit=DEFAULT_PIDS,
+            disk_bytes=DEFAULT_DISK_BYTES,
+        ),
         upper="",
         cgroup="",
     )

@@ -21,6 +21,7 @@ from isolat.places.steps import (
     Step,
     Subvolume,
 )
+from isolat.spec.model import DEFAULT_CPUS, DEFAULT_DISK_BYTES, DEFAULT_MEMORY_BYTES, DEFAULT_PIDS
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -41,6 +42,7 @@ def check(job: Job, layer: str, can: Capabilities) -> None:
             hint=f"choose one of these with network_mode or --network: {have}",
         )
     asked = (
+        *((f"the limit {name}", True, name in can.limits) for name in limits_asked(job)),
         ("volumes", bool(spec.volumes), can.volumes),
         ("tmpfs", bool(spec.tmpfs), can.tmpfs),
         ("read_only", spec.read_only, can.read_only),
@@ -53,6 +55,19 @@ def check(job: Job, layer: str, can: Capabilities) -> None:
             f"the {layer} layer can't do what is asked for with {', '.join(refused)}",
             hint="leave that out, or use the container layer",
         )
+
+
+def limits_asked(job: Job) -> tuple[str, ...]:
+    """The limits that differ from what everything has anyway."""
+    spec = job.spec
+    usual = (DEFAULT_CPUS, min(DEFAULT_CPUS, float(job.facts.cpus)))
+    asked = (
+        ("memory", spec.memory_bytes != DEFAULT_MEMORY_BYTES or spec.memory_swap_bytes is not None),
+        ("cpus", spec.cpus not in usual),
+        ("pids", spec.pids_limit != DEFAULT_PIDS),
+        ("disk", spec.disk_bytes != DEFAULT_DISK_BYTES),
+    )
+    return tuple(name for name, differs in asked if differs)
 
 
 def check_options(layer: str, options: Mapping[str, Any], known: Collection[str]) -> None:
