@@ -19,14 +19,15 @@ DEV_BYTES = 64 << 10
 SHM_BYTES = 64 << 20
 
 # Read through a bind of /dev/null, or an empty read-only tmpfs for a directory. Docker's, and then what a kernel
-# shows to everybody by default (mode 0444) about the machine and its other users. What only the host's root may
-# read (slabinfo, vmallocinfo, kpageflags, …) is closed by the user namespace already.
+# shows to everybody by default (mode 0444) about the machine and its other users; /proc/pressure even takes
+# triggers from everybody (mode 0666). What only the host's root may read (slabinfo, vmallocinfo, kpageflags, …) is
+# closed by the user namespace already.
 MASKED = (
     "/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats",
     "/proc/sched_debug", "/proc/scsi", "/proc/timer_list", "/proc/timer_stats", "/sys/devices/virtual/powercap",
     "/sys/firmware",
     "/proc/cmdline", "/proc/config.gz", "/proc/iomem", "/proc/ioports", "/proc/kallsyms", "/proc/key-users",
-    "/proc/kmsg", "/proc/modules", "/proc/softirqs", "/sys/kernel/notes", "/sys/kernel/vmcoreinfo",
+    "/proc/kmsg", "/proc/modules", "/proc/pressure", "/proc/softirqs", "/sys/kernel/notes", "/sys/kernel/vmcoreinfo",
 )  # fmt: skip
 
 READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
