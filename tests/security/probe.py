@@ -3,7 +3,8 @@
 The image's Python is minimal and has neither ctypes nor json. System calls are tried by attempts.c, which comes along.
 """
 
-# ruff: noqa: PTH — the image's Python has no pathlib
+# The image's Python has no pathlib.
+# ruff: noqa: PTH
 
 from __future__ import annotations
 
