@@ -94,7 +94,7 @@ def try_out(path: str, facts: Facts, d: Deadline) -> str:
 
     Everything that a plan relies on is in it: user namespace, control groups, devices, masked paths, seccomp.
     """
-    with tempfile.TemporaryDirectory(prefix="isolat-probe-") as name:
+    with tempfile.TemporaryDirectory(prefix=f"isolat-probe-{os.getpid()}-") as name:
         base = Path(name)
         _trial_bundle(base, facts)
         runtime = Runtime(path, str(base / "state"))

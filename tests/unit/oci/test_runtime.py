@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -68,9 +69,10 @@ def test_a_trial_that_fails_says_why_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 def _left_over() -> list[str]:
-    """Directories of a trial of this process's, which names are all ``isolat-probe-…``."""
+    """What this process's trials have left; another process's may be under way."""
+    pattern = f"isolat-probe-{os.getpid()}-*"
+    places = [tempfile.gettempdir(), "/sys/fs/cgroup"]
     found = subprocess.run(
-        ["find", "/tmp", "/sys/fs/cgroup", "-maxdepth", "2", "-name", "isolat-probe-*", "-user", str(os.geteuid())],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        ["find", *places, "-maxdepth", "2", "-name", pattern], capture_output=True, text=True, check=False
+    )
     return found.stdout.splitlines()
