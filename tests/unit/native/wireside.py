@@ -143,9 +143,14 @@ class Controller(Line):
 
     def adopt(self, name: str, *, stdin: bool = False) -> Client:
         ours, theirs = socket.socketpair()
+        client = Client(ours)
         with theirs:
-            self.ask(k.ADOPT, [(k.T_KEY, name), (k.T_FLAGS, k.F_STDIN if stdin else 0)], [theirs.fileno()])
-        return Client(ours)
+            try:
+                self.ask(k.ADOPT, [(k.T_KEY, name), (k.T_FLAGS, k.F_STDIN if stdin else 0)], [theirs.fileno()])
+            except BaseException:
+                client.close()
+                raise
+        return client
 
     def run(
         self, key: str, argv: Sequence[str | bytes], *, to: str = "", flags: int = 0, env: Sequence[str] = (),
