@@ -99,6 +99,8 @@ static bool own(const Step *s, const char *path)
 static bool dir_do(Step *s)
 {
     const char *path = field_text(s->body, T_PATH);
+    if (field_int(s->body, T_MODE, 0) < 0)
+        return true; /* a leftover: there is only something to undo */
     return (!mkdir_p(path, 0755) && own(s, path)) || failed(s, "directory", path);
 }
 

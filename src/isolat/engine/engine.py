@@ -1,8 +1,8 @@
 """The engine: the verbs on environments.
 
 It makes and unmakes; layers describe. ``create`` is: write the handle, carry out the plan's steps in the place,
-start; ``destroy`` is: stop, revert the steps, delete the handle. One operation at a time per environment; different environments
-never wait for each other.
+start; ``destroy`` is: stop, revert the steps, delete the handle. One operation at a time per environment; different
+environments never wait for each other.
 """
 
 from __future__ import annotations
@@ -132,6 +132,7 @@ class Engine:
                 env.link.close()
         self._reactor.stop()
         self._index.close()
+        Recovery.leave_cgroups(self.paths, self.facts)
 
     @property
     def alive_count(self) -> int:

@@ -1,7 +1,8 @@
 """The index: environments and past events in SQLite, for questions that the state table cannot answer.
 
 Truth is in handles and exit records; this file may be deleted at any time and is rebuilt from them (past events
-excepted: their history starts anew). Writes go through one thread, off the hot path; without fsync, since nothing depends on it.
+excepted: their history starts anew). Writes go through one thread, off the hot path; without fsync, since nothing
+depends on it.
 """
 
 from __future__ import annotations

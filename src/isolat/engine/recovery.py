@@ -117,6 +117,11 @@ class Recovery:
         """Every control group of this root, and the common parent where no other root uses it."""
         for group in _groups(paths, facts):
             _remove_group(group)
+        Recovery.leave_cgroups(paths, facts)
+
+    @staticmethod
+    def leave_cgroups(paths: StateRoot, facts: Facts) -> None:
+        """The parents of this root's control groups, where nothing is in them."""
         for parent in _parents(paths, facts):
             for path in (parent, parent.parent):
                 with contextlib.suppress(OSError):

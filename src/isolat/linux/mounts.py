@@ -25,6 +25,7 @@ MS_NOSUID = 0x2
 MS_NODEV = 0x4
 MS_NOATIME = 0x400
 MS_BIND = 0x1000
+MS_REC = 0x4000
 MS_SHARED = 1 << 20
 MNT_DETACH = 0x2
 
@@ -119,7 +120,7 @@ def share(directory: str) -> None:
     (mount_namespaces(7), "Shared subtrees").
     """
     if not is_mountpoint(directory):
-        mount(directory, directory, "", MS_BIND)
+        mount(directory, directory, "", MS_BIND | MS_REC)
     mount("none", directory, "", MS_SHARED)
 
 

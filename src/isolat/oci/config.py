@@ -75,6 +75,7 @@ class Bundle:
     uid_count: int
     limits: Limits
     cgroups_path: str = ""  # empty: the machine has no control groups
+    own_groups: bool = False  # the runtime is started in its groups, with their limits set
     read_only: bool = False
     host_network: bool = False
     compat32: bool = False
@@ -137,6 +138,11 @@ def _namespaces(b: Bundle) -> list[dict[str, str]]:
     return [{"type": kind} for kind in kinds]
 
 
+def device_rules() -> tuple[str, ...]:
+    """The devices that are allowed, as the v1 hierarchy wants to be told."""
+    return tuple(f"c {major}:{'*' if minor < 0 else minor} rw" for major, minor in DEVICES)
+
+
 def _devices() -> list[dict[str, Any]]:
     """Deny all, then allow these. The user namespace and ``nodev`` everywhere say the same twice more."""
     rules: list[dict[str, Any]] = [{"allow": False, "access": "rwm"}]
@@ -167,7 +173,7 @@ def _linux(b: Bundle) -> dict[str, Any]:
         "readonlyPaths": list(READ_ONLY),
         "sysctl": _sysctl(b),
     }
-    if b.cgroups_path:
+    if b.cgroups_path and not b.own_groups:
         linux["cgroupsPath"] = b.cgroups_path
         linux["resources"] = {"devices": _devices(), **oci_resources(b.limits)}
     return linux

@@ -35,9 +35,21 @@ class Runtime:
     def name(self) -> str:
         return PurePosixPath(self.path).name
 
+    own_groups: bool = False  # it is started in its control groups and must not make any
+
+    @property
+    def can_inherit_groups(self) -> bool:
+        """Whether it can be told to leave control groups alone."""
+        return self.name == "crun"
+
+    def state(self, id: str) -> str:
+        """The directory in which crun remembers a container, and all that it leaves of one that has ended."""
+        return f"{self.root}/{id}"
+
     def _global(self) -> tuple[str, ...]:
         """crun would ask systemd for a group where one runs; runc and youki use the file system by themselves."""
-        manager = ("--cgroup-manager=cgroupfs",) if self.name == "crun" else ()
+        kind = "disabled" if self.own_groups else "cgroupfs"
+        manager = (f"--cgroup-manager={kind}",) if self.name == "crun" else ()
         return (self.path, "--root", self.root, *manager)
 
     def run(self, id: str, bundle: str, pidfile: str) -> tuple[str, ...]:

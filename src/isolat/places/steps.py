@@ -68,6 +68,25 @@ class MakeDir(Step):
 
 
 @dataclass(frozen=True)
+class Leftover(Step):
+    """What a program of the plan will leave: nothing to carry out, reverting removes the tree.
+
+    On the wire a directory with a negative mode.
+    """
+
+    op = 1
+    kind = "leftover"
+    path: str
+    keep: bool = False
+
+    def describe(self) -> str:
+        return f"remove {self.path} when undone"
+
+    def fields(self) -> Fields:
+        return [(k.T_PATH, self.path), (k.T_MODE, -1)]
+
+
+@dataclass(frozen=True)
 class PutFile(Step):
     op = 2
     kind = "file"
@@ -203,7 +222,7 @@ class Subvolume(Step):
         return [(k.T_PATH, self.path), (k.T_SIZE, self.size_bytes)]
 
 
-KINDS: dict[str, type[Step]] = {c.kind: c for c in (MakeDir, PutFile, Mount, Idmap, Cgroup, Run, Subvolume)}
+KINDS: dict[str, type[Step]] = {c.kind: c for c in (MakeDir, Leftover, PutFile, Mount, Idmap, Cgroup, Run, Subvolume)}
 
 
 def _frozen(value: Any) -> Any:

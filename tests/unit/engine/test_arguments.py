@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from isolat.daemon.arguments import Arguments
 from isolat.errors import UsageError
 

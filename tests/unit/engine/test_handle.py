@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from isolat.engine.handle import Handle, handle_from_json, read_exit, read_handle, write_handle
 from isolat.errors import StoreError
 from isolat.layers.base import Frame, State

@@ -7,6 +7,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
+
 from isolat.engine.events import Event, EventBus
 from isolat.engine.index import Index, Row
 

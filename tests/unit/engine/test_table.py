@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from pathlib import Path
 
 import pytest
+
 from isolat.deadline import Deadline
 from isolat.engine import admission, states
 from isolat.engine.environment import Environment
@@ -13,7 +15,6 @@ from isolat.engine.states import LEGAL, Verb
 from isolat.errors import Busy, IllegalState, Refused
 from isolat.layers.base import State
 from isolat.spec.model import Spec
-
 from tests.unit.engine.test_handle import sample
 
 
@@ -59,7 +60,7 @@ def test_an_operation_that_may_wait_gets_its_turn(tmp_path: Path) -> None:
 def test_no_two_environments_share_a_uid() -> None:
     ranges = [admission.uid_base(index) for index in range(admission.UID_RANGES)]
     assert ranges[0] == 0x40000000
-    assert all(b - a == 65536 for a, b in zip(ranges, ranges[1:], strict=False))
+    assert all(b - a == 65536 for a, b in itertools.pairwise(ranges))
     assert ranges[-1] + 65536 <= 0xFFFFFFFF
     assert admission.free_uid_index({0, 1, 3}) == 2
     with pytest.raises(Refused):

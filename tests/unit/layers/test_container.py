@@ -18,6 +18,7 @@ from isolat.places.steps import (
     MOUNT_ATTR_RDONLY,
     Cgroup,
     Idmap,
+    Leftover,
     MakeDir,
     Mount,
     PutFile,
@@ -47,7 +48,7 @@ def _mount(config: dict[str, Any], target: str) -> dict[str, Any]:
 
 
 def test_undoing_backwards_kills_before_it_unmounts_and_deletes_the_subvolume_whole() -> None:
-    backwards = list(reversed(_steps(job())))
+    backwards = list(reversed(_steps(job("v2"))))
     kinds = [type(step) for step in backwards]
     assert kinds[0] is Run
     assert kinds.index(Run) < kinds.index(Mount) < kinds.index(Cgroup) < kinds.index(Subvolume)
@@ -56,10 +57,26 @@ def test_undoing_backwards_kills_before_it_unmounts_and_deletes_the_subvolume_wh
 
 
 def test_the_runtime_is_told_to_forget_but_nothing_is_run_when_it_is_carried_out() -> None:
-    last = _steps(job())[-1]
-    assert isinstance(last, Run)
-    assert last.argv == ()
-    assert last.inverse[-3:] == ("delete", "--force", job().id)
+    for asked in (job("v2"), job("v1", spec={"oci_runtime": "runc"})):
+        last = _steps(asked)[-1]
+        assert isinstance(last, Run)
+        assert last.argv == ()
+        assert last.inverse[-3:] == ("delete", "--force", job().id)
+
+
+def test_crun_on_v1_is_started_in_its_limited_group_and_makes_none() -> None:
+    asked = job("v1", spec={"pids_limit": 7})
+    plan = LAYERS["container"].plan(asked, PROBE)
+    assert plan.guest is not None
+    assert "--cgroup-manager=disabled" in plan.guest.argv
+    group = next(step for step in plan.steps if isinstance(step, Cgroup))
+    assert set(plan.guest.cgroup_files) == {f"{path}/tasks" for path in group.paths}
+    assert not any("cpuset" in path for path in group.paths)
+    values = [(path.rsplit("/", 1)[-1], value) for path, value in group.writes]
+    assert ("pids.max", "7") in values
+    assert values.index(("devices.deny", "a")) < values.index(("devices.allow", "c 1:3 rw"))
+    assert "resources" not in _config(asked)["linux"]
+    assert plan.steps[-1] == Leftover(f"/state/runtime/{asked.id}")
 
 
 def test_the_image_and_not_the_overlay_is_idmapped() -> None:
@@ -129,10 +146,11 @@ def test_on_the_hosts_network_its_names_are_used_where_it_has_a_file() -> None:
     assert _mount(config, "/etc/resolv.conf")["source"].startswith(job().upper)
 
 
-def test_crun_in_hybrid_mode_leaves_a_directory_that_is_removed() -> None:
-    hidden = f"/sys/fs/cgroup/unified{job().cgroup}"
-    assert MakeDir(hidden) in _steps(job("hybrid"))
-    assert MakeDir(hidden) not in _steps(job("v1"))
+def test_a_directory_that_a_runtime_leaves_in_hybrid_mode_is_removed() -> None:
+    hidden, runc = f"/sys/fs/cgroup/unified{job().cgroup}", {"oci_runtime": "runc"}
+    assert MakeDir(hidden) in _steps(job("hybrid", spec=runc))
+    assert MakeDir(hidden) not in _steps(job("v1", spec=runc))
+    assert MakeDir(hidden) not in _steps(job("hybrid"))
 
 
 def test_no_terminal_and_no_rlimits_but_no_new_privileges() -> None:

@@ -12,6 +12,7 @@ from queue import SimpleQueue
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from isolat.deadline import Deadline
 from isolat.errors import CommandNotFound, DeadlineExceeded, IsolatError, Lost, NotExecutable, NotFound, StartFailed
 from isolat.places.base import CgroupFacts, CgroupMode, Command, Exit, Facts, Io
