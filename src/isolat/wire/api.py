@@ -125,7 +125,8 @@ def send(sock: _socket.socket, message: Mapping[str, Any], fds: Sequence[int] = 
         packed = b"".join(fd.to_bytes(_INT_BYTES, sys.byteorder) for fd in fds)
         sent = sock.sendmsg([data], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, packed)])
         data = data[sent:]
-    sock.sendall(data)
+    if data:  # an empty send fails where the peer has already answered and closed
+        sock.sendall(data)
 
 
 class Receiver:
