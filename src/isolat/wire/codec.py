@@ -13,6 +13,8 @@ from isolat.wire import kinds as k
 
 Value = int | bytes | str | list[tuple[int, "Value"]]
 Fields = list[tuple[int, Value]]
+_Int = int  # Frame has methods with these names
+_Bytes = bytes
 
 
 class Frame:
@@ -33,7 +35,7 @@ class Frame:
             self._fields = parse_fields(self.body)
         return self._fields
 
-    def all(self, tag: int) -> list[bytes]:
+    def all(self, tag: _Int) -> list[_Bytes]:
         return self.fields.get(tag, [])
 
     def bytes(self, tag: int, default: bytes = b"") -> bytes:
@@ -48,10 +50,10 @@ class Frame:
         found = self.fields.get(tag)
         return read_int(found[0]) if found else default
 
-    def ints(self, tag: int) -> list[int]:
+    def ints(self, tag: _Int) -> list[_Int]:
         return [read_int(value) for value in self.all(tag)]
 
-    def nested(self, tag: int) -> list[Frame]:
+    def nested(self, tag: _Int) -> list[Frame]:
         """The nested fields of this tag, each as a frame of kind 0 to read with the same methods."""
         return [Frame(0, 0, value) for value in self.all(tag)]
 

@@ -175,7 +175,12 @@ def test_descriptors_that_nobody_asked_for_are_closed(peer: Peer) -> None:
 @given(st.binary(max_size=200))
 def test_garbage_from_a_keeper_ends_in_an_error_of_the_tree(reactor: Reactor, garbage: bytes) -> None:
     peer = Peer(reactor)
-    threading.Timer(0.005, lambda: (peer.sock.sendall(garbage), peer.sock.close())).start()
+
+    def spoil() -> None:
+        peer.sock.sendall(garbage)
+        peer.sock.close()
+
+    threading.Timer(0.005, spoil).start()
     with pytest.raises(IsolatError):
         peer.link.request(k.PROCS, [], Deadline(2))
     peer.link.close()
