@@ -83,7 +83,7 @@ class Promise:
     def line(self) -> str:
         sign = ">=" if self.at_least else "<="
         verdict = "met   " if self.met else "MISSED"
-        return f"{verdict}  {self.text}: {self.value:.3g}{self.unit} (promised {sign} {self.limit:g}{self.unit})"
+        return f"{verdict}  {self.text}: {self.value:.4g}{self.unit} (promised {sign} {self.limit:g}{self.unit})"
 
 
 @dataclass
