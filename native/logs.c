@@ -18,7 +18,7 @@ static int log_fd = -1, guest_fd = -1;
 static void open_newest(void)
 {
     struct stat st;
-    log_fd = openat(node.dir, "log/0", O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
+    log_fd = openat(node.dir, "log/0", O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0640);
     written = log_fd >= 0 && !fstat(log_fd, &st) ? st.st_size : 0;
 }
 
@@ -55,7 +55,7 @@ void log_write(int stream, const void *p, size_t n)
     if (node.dir < 0)
         return;
     if (log_fd < 0) {
-        mkdirat(node.dir, "log", 0700);
+        mkdirat(node.dir, "log", 0750);
         open_newest();
     }
     if (written && written + (int64_t)(n + sizeof head) > file_bytes)
@@ -83,7 +83,7 @@ void log_guest(const void *p, size_t n)
 void log_exit(const Proc *p)
 {
     char text[200], code[16] = "null", signal[16] = "null";
-    int fd = openat(node.dir, "exit.json.tmp", O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+    int fd = openat(node.dir, "exit.json.tmp", O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0640);
     if (fd < 0)
         return;
     if (p->signal)

@@ -85,14 +85,14 @@ setup_native() {
 # `pip`'s console script costs 43 ms before the first line of ours; without site (-S) and the user's settings (-I) it
 # is 7 ms. The source directory is all that the quick path needs; the slow one calls site.main() itself.
 launcher() {
-    local name=$1 module=$2 path=$venv/bin/$1 text
+    local name=$1 module=$2 call=$3 path=$venv/bin/$1 text
     text="#!$venv/bin/python -IS
 import sys
 
 sys.path.insert(0, \"$top/src\")
-from $module import main
+from $module import $call
 
-sys.exit(main())"
+$call()"
     if [ "$(cat "$path" 2>/dev/null)" != "$text" ]; then
         rm -f "$path"
         printf '%s\n' "$text" >"$path.new"
@@ -102,8 +102,8 @@ sys.exit(main())"
 }
 
 setup_launcher() {
-    launcher isolat isolat.cli.main
-    launcher isolatd isolat.daemon.main
+    launcher isolat isolat.cli.main entry
+    launcher isolatd isolat.daemon.main entry
 }
 
 has_image() {

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import gc
-import grp
 import json
 import os
 import signal
@@ -19,13 +18,12 @@ from pathlib import Path
 from types import FrameType
 
 from isolat.daemon.server import Server
-from isolat.engine.engine import Engine
+from isolat.engine.engine import Engine, group_id
 from isolat.engine.journal import log, log_defect
 from isolat.engine.paths import DEFAULT_ROOT, StateRoot
 from isolat.errors import Conflict, DaemonUnavailable, InternalError, IsolatError, Refused, UsageError
 from isolat.linux import mounts
 
-GROUP = "isolat"
 IDLE_S = 600.0
 _SWITCH_S = 0.0005
 _BACKLOG = 1024
@@ -123,8 +121,9 @@ def _listen(paths: StateRoot) -> socket.socket:
     finally:
         os.umask(old)
         os.close(at)
-    with contextlib.suppress(KeyError):
-        os.chown(paths.socket, 0, grp.getgrnam(GROUP).gr_gid)
+    group = group_id()
+    if group is not None:
+        os.chown(paths.socket, 0, group)
         os.chmod(paths.socket, 0o660)
     listener.listen(_BACKLOG)
     return listener
@@ -144,5 +143,9 @@ def _tell(fd: int, error: IsolatError) -> None:
             os.close(fd)
 
 
-if __name__ == "__main__":
+def entry() -> None:
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry()

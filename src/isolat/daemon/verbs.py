@@ -59,7 +59,12 @@ def run(call: Call) -> Answer:
         return {"id": env.id, "name": env.name}
     stream = {"id": env.id, "name": env.name, "key": env.handle.main_name, "tty": bool(service.get("tty"))}
     with sock:
-        call.send({"stream": stream}, [sock.fileno()])
+        try:
+            call.send({"stream": stream}, [sock.fileno()])
+        except OSError:
+            # Nobody was ever told of it: whoever asked has gone while it was being made.
+            call.engine.remove(env.id, force=True)
+            raise
     done = env.gone if env.handle.remove else env.ended
     while not done.wait(1.0):
         if call.gone():

@@ -8,6 +8,7 @@ environments never wait for each other.
 from __future__ import annotations
 
 import contextlib
+import grp
 import os
 import queue
 import signal as signals
@@ -60,6 +61,17 @@ _PROBE_KEPT_S = 300.0
 _REMOVE_WAIT_S = 30.0
 
 
+GROUP = "isolat"
+
+
+def group_id() -> int | None:
+    """The group whose members may use the daemon, where the machine has it."""
+    try:
+        return grp.getgrnam(GROUP).gr_gid
+    except KeyError:
+        return None
+
+
 @dataclass(frozen=True)
 class Caller:
     uid: int = 0
@@ -97,6 +109,7 @@ class Engine:
         self._uids: set[int] = set()
         self._probes: dict[tuple[str, str], tuple[float, Probe]] = {}
         self._boot_id = boot_id()
+        self._group = group_id()
         self.changed = time.monotonic()
 
     # life of the engine
@@ -193,6 +206,10 @@ class Engine:
             env = Environment(handle_of(request, planned, self._boot_id), self.paths.env(id))
             env.spec = spec
             env.directory.mkdir(mode=0o711)
+            if self._group is not None:
+                # Logs and exit records are the group's to read, through a descriptor: it is equivalent to root.
+                os.chown(env.directory, 0, self._group)
+                os.chmod(env.directory, 0o2711)
             checkpoint()
             env.save()
         except BaseException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 from collections.abc import Callable
@@ -52,7 +53,8 @@ class Keeper:
             (k.T_TIME, 2),
         ]
         self.send(codec.pack_eof(1) + codec.pack_eof(2) + codec.pack(k.EXITED, 0, fields))
-        self._sock.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(OSError):  # the client has read it all, ended, and closed both ends
+            self._sock.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
         self._sock.close()
