@@ -7,6 +7,8 @@ everybody follows); where one differs, that is a line here.
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -21,6 +23,8 @@ from isolat.places.base import CgroupMode, Facts
 # In the order in which one is taken when the spec names none: crun makes a container in a third of runc's time.
 KNOWN = ("crun", "runc", "youki")
 CONTROL_DESCRIPTORS = 1  # descriptor 3: the init's controller
+CLEAN_UP_S = 3.0  # for deleting a trial that failed, also when its own time is up
+TRIAL_PREFIX = "isolat-probe-"
 TRIAL_UID_BASE = 0x3FFF_0000  # just below the first environment's
 
 
@@ -30,12 +34,11 @@ class Runtime:
 
     path: str
     root: str
+    own_groups: bool = False  # it is started in its control groups and must not make any
 
     @property
     def name(self) -> str:
         return PurePosixPath(self.path).name
-
-    own_groups: bool = False  # it is started in its control groups and must not make any
 
     @property
     def can_inherit_groups(self) -> bool:
@@ -106,32 +109,48 @@ def try_out(path: str, facts: Facts, d: Deadline) -> str:
 
     Everything that a plan relies on is in it: user namespace, control groups, devices, masked paths, seccomp.
     """
-    with tempfile.TemporaryDirectory(prefix=f"isolat-probe-{os.getpid()}-") as name:
+    _sweep()
+    with tempfile.TemporaryDirectory(prefix=f"{TRIAL_PREFIX}{os.getpid()}-") as name:
         base = Path(name)
         _trial_bundle(base, facts)
         runtime = Runtime(path, str(base / "state"))
         id = base.name
         done = _run(_hidden_unified(facts, id, runtime.run_attached(id, str(base))), d)
         if done is None or done.returncode:
-            _run(_hidden_unified(facts, id, runtime.delete(id)), d)
+            _run(_hidden_unified(facts, id, runtime.delete(id)), Deadline(CLEAN_UP_S))
     if done is None:
         return "it did not end in time, or could not be started"
     return "" if done.returncode == 0 else done.stderr.strip()[-500:] or f"exit code {done.returncode}"
 
 
 def _run(argv: tuple[str, ...], d: Deadline) -> subprocess.CompletedProcess[str] | None:
+    """The program's end with what it said; None where it could not be started, or was killed when time was up."""
     try:
-        return subprocess.run(
+        with subprocess.Popen(
             argv,
             stdin=subprocess.DEVNULL,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            timeout=d.left_s(),
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
+            start_new_session=True,
+        ) as program:
+            try:
+                out, err = program.communicate(timeout=d.left_s())
+            except subprocess.TimeoutExpired:
+                os.killpg(program.pid, signal.SIGKILL)  # with what it has started, which holds the pipes
+                return None
+    except OSError:
         return None
+    return subprocess.CompletedProcess(argv, program.returncode, out, err)
+
+
+def _sweep() -> None:
+    """Remove what trials left whose daemon was killed: their directories name a process that is no more."""
+    for left in Path(tempfile.gettempdir()).glob(f"{TRIAL_PREFIX}*"):
+        pid = left.name.removeprefix(TRIAL_PREFIX).partition("-")[0]
+        if pid.isdecimal() and not Path("/proc", pid).exists():
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _hidden_unified(facts: Facts, id: str, argv: tuple[str, ...]) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,32 @@ def test_a_trial_that_fails_says_why_and_leaves_nothing(tmp_path: Path) -> None:
     broken.chmod(0o755)
     assert "no such thing" in try_out(str(broken), record_facts(), Deadline(30))
     assert _left_over() == []
+
+
+@pytest.mark.root
+def test_a_trial_that_hangs_ends_in_time_with_all_that_it_started(tmp_path: Path) -> None:
+    hanging = tmp_path / "crun"
+    hanging.write_text("#!/bin/sh\nsleep 61.5 & wait\n")
+    hanging.chmod(0o755)
+    began = time.monotonic()
+    assert "in time" in try_out(str(hanging), record_facts(), Deadline(0.5))
+    assert time.monotonic() - began < 10
+    assert subprocess.run(["pgrep", "-f", "sleep 61[.]5"], capture_output=True, check=False).stdout == b""
+    assert _left_over() == []
+
+
+@pytest.mark.root
+def test_what_a_killed_daemons_trial_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    old = Path(tempfile.mkdtemp(prefix=f"isolat-probe-{dead.pid}-"))
+    alive = Path(tempfile.mkdtemp(prefix="isolat-probe-1-"))
+    try:
+        try_out("/nonexistent/crun", record_facts(), Deadline(5))
+        assert not old.exists()
+        assert alive.exists()
+    finally:
+        alive.rmdir()
 
 
 def _left_over() -> list[str]:
