@@ -12,6 +12,11 @@ import signal
 _left = int(os.environ.get("ISOLAT_KILL_AT", "0"))
 
 
+def counting() -> bool:
+    """Whether a test counts: every effect must then be over before the next checkpoint."""
+    return bool(_left)
+
+
 def checkpoint() -> None:
     global _left
     if _left:

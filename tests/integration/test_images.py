@@ -355,3 +355,19 @@ def test_a_disk_that_is_too_full_is_refused_with_the_numbers(root: Path, monkeyp
     assert pool.ensure() is False
     assert "2 GiB" in pool.reason
     assert not root.exists()
+
+
+def test_a_pool_is_not_mounted_while_another_loop_device_has_its_file(tmp_path: Path) -> None:
+    pool = Pool(tmp_path, size_bytes=1 << 30)
+    assert pool.ensure()
+    pool.close()
+    device = subprocess.run(
+        ["losetup", "--find", "--show", str(pool.file)], check=True, capture_output=True, text=True
+    ).stdout.strip()
+    try:
+        with pytest.raises(StoreError, match=device):
+            pool.ensure()
+    finally:
+        subprocess.run(["losetup", "-d", device], check=True)
+    assert pool.ensure()
+    pool.close()

@@ -14,10 +14,12 @@ import os
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 from types import FrameType
 
 from isolat.daemon.server import Server
+from isolat.deadline import Deadline
 from isolat.engine.engine import Engine, group_id
 from isolat.engine.journal import log, log_defect
 from isolat.engine.paths import DEFAULT_ROOT, StateRoot
@@ -27,6 +29,7 @@ from isolat.linux import mounts
 IDLE_S = 600.0
 _SWITCH_S = 0.0005
 _BACKLOG = 1024
+_HANDOVER_S = 10.0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,11 +72,7 @@ def serve(root: Path, idle_s: float, ready_fd: int) -> None:
     os.umask(0o022)
     paths = StateRoot(root)
     _make_root(root)
-    lock = os.open(paths.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise Conflict(f"another daemon holds {root}", hint="use that one: it answers on its socket") from None
+    _hold(paths)
     engine = Engine(root)
     engine.start()
     listener = _listen(paths)
@@ -92,11 +91,30 @@ def serve(root: Path, idle_s: float, ready_fd: int) -> None:
     _ready(ready_fd)
     try:
         server.serve()
+        paths.socket.unlink(missing_ok=True)  # who comes now starts the next daemon, which waits for the lock
+        server.finish()
     finally:
         paths.socket.unlink(missing_ok=True)
         listener.close()
         engine.close()
         log(f"isolatd {os.getpid()} ends")
+
+
+def _hold(paths: StateRoot) -> None:
+    """The root's lock, until this process ends. A daemon that has taken its socket away is ending: it is waited for."""
+    lock = os.open(paths.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    d = Deadline(_HANDOVER_S)
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if d.passed or paths.socket.exists():
+                os.close(lock)
+                raise Conflict(
+                    f"another daemon holds {paths.root}", hint="use that one: it answers on its socket"
+                ) from None
+        time.sleep(0.01)
 
 
 def _make_root(root: Path) -> None:

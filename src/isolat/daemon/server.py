@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 from isolat.daemon.arguments import Arguments
 from isolat.daemon.verbs import VERBS, Call
+from isolat.deadline import Deadline
 from isolat.engine.engine import Caller, Engine
 from isolat.engine.journal import log_defect
 from isolat.errors import InternalError, IsolatError, ProtocolError, UsageError
@@ -24,6 +25,7 @@ from isolat.wire import api
 _REQUEST_S = 30.0
 _SEND_S = 60
 _MAX_CONNECTIONS = 4000
+_FINISH_S = 1.0
 
 
 class Server:
@@ -56,8 +58,25 @@ class Server:
                 time.sleep(0.05)  # out of descriptors: others will be given back
                 continue
             idle_since = time.monotonic()
-            self._count_up(1)
-            threading.Thread(target=self._connection, args=(sock,), daemon=True).start()
+            self._begin(sock)
+
+    def finish(self) -> None:
+        """Answer who had already come when the end was decided; who only waits for an end is not waited for."""
+        self._listener.setblocking(False)
+        d = Deadline(_FINISH_S)
+        while not d.passed:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                if not self._count:
+                    return
+                time.sleep(0.005)
+                continue
+            self._begin(sock)
+
+    def _begin(self, sock: socket.socket) -> None:
+        self._count_up(1)
+        threading.Thread(target=self._connection, args=(sock,), daemon=True).start()
 
     def _count_up(self, n: int) -> None:
         with self._count_lock:
@@ -93,7 +112,11 @@ class Server:
         sock.settimeout(None)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _SEND_S, 0))
         try:
-            send(self._outcome(sock, message, descriptors, closing, send), closing)
+            outcome = self._outcome(sock, message, descriptors, closing, send)
+            try:
+                send(outcome, closing)
+            except ProtocolError as error:  # the answer is longer than a message may be
+                send({"error": error.to_json()}, [])
         finally:
             for fd in (*descriptors, *closing):
                 os.close(fd)

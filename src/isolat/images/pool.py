@@ -20,6 +20,7 @@ import os
 import secrets
 import shutil
 import threading
+import time
 from collections.abc import Collection
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from isolat.linux import btrfs, child, loop, mounts
 MIN_BYTES = 2 << 30
 SHARE_OF_FREE = 0.8
 _MKFS_S = 60.0
+_LOOP_S = 3.0  # a device that is just being let go
 _PROBE_LIMIT_BYTES = 1 << 20
 _PROBE_WRITE_BYTES = 8 << 20
 _READY = ".isolat-pool"
@@ -141,9 +143,21 @@ class Pool:
             making.unlink(missing_ok=True)
 
     def _mount(self) -> None:
+        self._wait_for_no_other()
         with loop.attached(str(self.file), read_only=False, direct_io=True) as device:
             flags = mounts.MS_NOATIME | mounts.MS_NODEV
             mounts.mount(device, str(self.path), "btrfs", flags, "discard=async")
+
+    def _wait_for_no_other(self) -> None:
+        """One file system mounted twice through two devices is soon none: refuse while another device has the file."""
+        d = Deadline(_LOOP_S)
+        while others := loop.devices_of(str(self.file)):
+            if d.passed:
+                raise StoreError(
+                    f"{self.file} is held by {', '.join(others)}, from a mount that is hidden or in another namespace",
+                    hint=f"find and end what holds it (`losetup`, `findmnt -A`), then `losetup -d {others[0]}`",
+                )
+            time.sleep(0.02)
 
     def _enable_quota(self) -> None:
         """Simple quotas where they hold, else full ones; StoreError when neither refuses what is too much."""

@@ -23,6 +23,8 @@ from isolat.places.steps import MakeDir, PutFile, Run, Step
 
 OPTIONS = frozenset({"steps", "fail_step", "slow_start_s", "no_guest"})
 DEFAULT_STEPS = 3
+MOST = 100_000
+MOST_STEPS = 1000
 
 
 class FakeLayer(Layer):
@@ -56,14 +58,17 @@ class FakeLayer(Layer):
 
 def _number(options: Mapping[str, Any], name: str, default: float) -> float:
     value = options.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise Unsupported(f"x-fake: {name} is {value!r}, which is not a number", hint=f"for example {name}: 1")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1 <= value <= MOST:
+        hint = f"for example {name}: 1"
+        raise Unsupported(f"x-fake: {name} is {value!r:.80}, which is not a number up to {MOST}", hint=hint)
     return float(value)
 
 
 def _steps(job: Job, options: Mapping[str, Any]) -> tuple[Step, ...]:
     """Directories and files in turn, all below one directory of this layer's own."""
     count, failing = int(_number(options, "steps", DEFAULT_STEPS)), int(_number(options, "fail_step", -1))
+    if max(count, failing) > MOST_STEPS:
+        raise Unsupported(f"x-fake: at most {MOST_STEPS} steps", hint="steps: 3")
     base = f"{job.dir}/fake"
     steps: list[Step] = []
     for n in range(max(count, failing + 1)):

@@ -24,6 +24,16 @@ _LO_FLAGS_DIRECT_IO = 16
 _TRIES = 16
 
 
+def devices_of(file: str, sysfs: Path = Path("/sys/block")) -> list[str]:
+    """The loop devices that have this file (sysfs: block/loopN/loop/backing_file)."""
+    found = []
+    for backing in sysfs.glob("loop*/loop/backing_file"):
+        with contextlib.suppress(OSError):
+            if backing.read_text().strip() == os.path.realpath(file):
+                found.append(f"/dev/{backing.parts[-3]}")
+    return found
+
+
 def _config(file: int, name: str, flags: int) -> bytes:
     """struct loop_config of <linux/loop.h>: descriptor, block size, struct loop_info64, 64 reserved bytes."""
     info = struct.pack("<5Q4I64s64s32s2Q", 0, 0, 0, 0, 0, 0, 0, 0, flags, os.fsencode(name)[:63], b"", b"", 0, 0)

@@ -75,7 +75,11 @@ class Reactor:
 
 
 @dataclass
-class _Pending:
+class Asked:
+    """A request under way."""
+
+    kind: int
+    id: int = 0
     done: threading.Event = field(default_factory=threading.Event)
     frame: Frame | None = None
     descriptors: list[int] = field(default_factory=list)
@@ -93,7 +97,7 @@ class Link:
         self._decoder = Decoder()
         self._send_lock = threading.Lock()
         self._state = threading.Condition()
-        self._pending: dict[int, _Pending] = {}
+        self._pending: dict[int, Asked] = {}
         self._exits: dict[str, Exit] = {}
         self._next_id = 1
         self._descriptors: list[int] = []
@@ -110,27 +114,42 @@ class Link:
         self, kind: int, fields: Fields, d: Deadline, descriptors: Sequence[int] = ()
     ) -> tuple[Frame, list[int]]:
         """Send a request and wait for its reply. Raises what the keeper's ERROR says, or Lost."""
-        pending = _Pending()
+        return self.result(self.ask(kind, fields, descriptors), d)
+
+    def ask(self, kind: int, fields: Fields, descriptors: Sequence[int] = ()) -> Asked:
+        """Send a request. Its reply is waited for with ``result``, which has to be called for each."""
+        pending = Asked(kind)
         with self._state:
             if self.closed:
                 raise self._lost()
             id = self._next_id
             self._next_id = (self._next_id % 0x7FFFFFFF) + 1
             self._pending[id] = pending
+        pending.id = id
         try:
             self._send(pack(kind, id, fields, len(descriptors)), descriptors)
+        except BaseException:
+            self._drop(pending)
+            raise
+        return pending
+
+    def result(self, pending: Asked, d: Deadline) -> tuple[Frame, list[int]]:
+        """The reply to what was asked."""
+        try:
             if not pending.done.wait(d.left_s()):
-                raise DeadlineExceeded(
-                    f"{self.name}: {k.KIND_NAMES[kind]} did not end in time", stage=k.KIND_NAMES[kind].lower()
-                )
+                name = k.KIND_NAMES[pending.kind]
+                raise DeadlineExceeded(f"{self.name}: {name} did not end in time", stage=name.lower())
         finally:
-            with self._state:
-                self._pending.pop(id, None)
+            self._drop(pending)
         if pending.frame is None:
             raise self._lost()
         if pending.frame.kind == k.ERROR:
             raise error_of(pending.frame, self.name)
         return pending.frame, pending.descriptors
+
+    def _drop(self, pending: Asked) -> None:
+        with self._state:
+            self._pending.pop(pending.id, None)
 
     def _send(self, data: bytes, descriptors: Sequence[int]) -> None:
         try:

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from isolat.checkpoint import checkpoint
+from isolat.checkpoint import checkpoint, counting
 from isolat.deadline import Deadline
 from isolat.errors import IsolatError
 from isolat.places.base import Command, Exit, Facts, Io, Place, Proc
-from isolat.places.link import Link, exit_of
+from isolat.places.link import Asked, Link, exit_of
 from isolat.places.steps import Idmap, Step
 from isolat.wire import kinds as k
 from isolat.wire.codec import Fields
 
 _CHUNK_BYTES = 256 << 10
+_STEPS_UNDER_WAY = 64
 
 
 class WiredPlace:
@@ -47,22 +49,35 @@ class WiredPlace:
         return [(k.T_TO, self._to)] if self._to else []
 
     def carry_out(self, steps: Sequence[Step], d: Deadline, descriptors: Sequence[int] = ()) -> None:
-        link = self._link(d)
-        for step in steps:
-            fds: list[int] = []
-            if isinstance(step, Idmap) and step.descriptor >= 0:
-                fds = [descriptors[step.descriptor]]
-            link.request(k.STEP, [(k.T_OP, 0), (k.T_STEP, step.to_wire()), *self._here()], d, fds)
-            checkpoint()
+        self._do(list(steps), 0, d, descriptors)
 
     def revert(self, steps: Sequence[Step], d: Deadline) -> None:
+        self._do(list(reversed(steps)), 1, d)
+
+    def _do(self, steps: list[Step], op: int, d: Deadline, descriptors: Sequence[int] = ()) -> None:
+        """Each step's request is sent before the last one's reply is there; the first failure is raised at the end.
+
+        The keeper takes them in order. What it still carries out behind one that failed is undone with all the rest.
+        """
         link, failed = self._link(d), None
-        for step in reversed(steps):
-            checkpoint()
-            try:
-                link.request(k.STEP, [(k.T_OP, 1), (k.T_STEP, step.to_wire()), *self._here()], d)
-            except IsolatError as error:
-                failed = failed or error
+        asked: deque[Asked] = deque()
+
+        def settle(most: int) -> None:
+            nonlocal failed
+            while len(asked) > most:
+                try:
+                    link.result(asked.popleft(), d)
+                except IsolatError as error:
+                    failed = failed or error
+                checkpoint()
+
+        for step in steps:
+            if failed is not None and not op:
+                break
+            fds = [descriptors[step.descriptor]] if isinstance(step, Idmap) and step.descriptor >= 0 else []
+            asked.append(link.ask(k.STEP, [(k.T_OP, op), (k.T_STEP, step.to_wire()), *self._here()], fds))
+            settle(0 if counting() else _STEPS_UNDER_WAY)
+        settle(0)
         if failed is not None:
             raise failed
 
