@@ -131,7 +131,9 @@ def test_the_host_network_reaches_a_server_of_the_host(root: Root) -> None:
 
 def test_the_host_name_and_limits(root: Root) -> None:
     script = "cat /proc/sys/kernel/hostname; cat /sys/fs/cgroup/memory/memory.limit_in_bytes 2>/dev/null || true"
-    said = root.ok("run", "--rm", "--hostname", "here", "--memory", "64m", "--cpus", "0.5", "debian", "sh", "-c", script)
+    said = root.ok(
+        "run", "--rm", "--hostname", "here", "--memory", "64m", "--cpus", "0.5", "debian", "sh", "-c", script
+    )
     assert said.splitlines()[0] == "here"
     assert said.splitlines()[1:] in ([str(64 << 20)], [])
 

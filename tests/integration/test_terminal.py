@@ -85,7 +85,9 @@ def test_the_terminal_is_as_before_afterwards(root: Root) -> None:
     argv = ["bash", "--norc", "--noprofile", "-i"]
     with Terminal(argv, {**plain_environment(), "PS1": "outer> "}) as outer:
         outer.until("outer> ")
-        outer.type(" ".join(root.argv("run", "-it", "--rm", "-e", "PS1=inn''er'> '", "debian", "bash", "--norc")) + "\n")
+        outer.type(
+            " ".join(root.argv("run", "-it", "--rm", "-e", "PS1=inn''er'> '", "debian", "bash", "--norc")) + "\n"
+        )
         outer.until("inner> ")
         assert not outer.cooked
         outer.type("kill -9 $$\n")

@@ -40,7 +40,9 @@ def test_what_is_written_inside_belongs_to_the_caller_outside(root: Root, direct
 
 def test_read_only_means_it(root: Root, directory: Path) -> None:
     (directory / "in").write_text("told\n")
-    script = "cat /v/in; for c in 'touch /v/x' 'rm /v/in' 'chmod 777 /v/in'; do $c 2>/dev/null && echo did $c; done; true"
+    script = (
+        "cat /v/in; for c in 'touch /v/x' 'rm /v/in' 'chmod 777 /v/in'; do $c 2>/dev/null && echo did $c; done; true"
+    )
     assert _run(root, f"{directory}:/v:ro", script) == "told\n"
     assert [path.name for path in directory.iterdir()] == ["in"]
 

@@ -5,7 +5,6 @@ Nothing of the product's own client is used, so that a defect there cannot hide 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import socket
@@ -190,8 +189,12 @@ class Stream:
         while view:
             readable, writable, _ = select.select([self._sock], [self._sock], [], 1)
             if writable:
-                with contextlib.suppress(BlockingIOError):
+                try:
                     view = view[self._sock.send(view) :]
+                except BlockingIOError:
+                    pass
+                except ConnectionError as error:
+                    raise Cut("cut while writing") from error
             if readable:
                 self.pump(0)
             if self.cut or time.monotonic() > end:
