@@ -41,7 +41,7 @@ soak: setup
 
 bench: setup
 	@$(SETUP) packages bench
-	@for name in start throughput density; do echo "== $$name"; $(PY) -m bench.$$name $(ARGS) || exit 1; done
+	@for name in start exec throughput density neighbour; do echo "== $$name"; $(PY) -m bench.$$name $(ARGS) || exit 1; done
 
 lint: tools
 	.venv/bin/ruff check .
