@@ -75,15 +75,18 @@ def services(draw: st.DrawFn) -> dict[str, Any]:
     return service
 
 
-names = ("env", "spec", "attach", "command", "environment", "working_dir", "user", "tty", "stdin", "detach", "rows", "cols",
-         "grace_s", "signal", "force", "since_ns", "follow", "all", "image", "include", "arch")  # fmt: skip
+names = (
+    "env spec attach command environment working_dir user tty stdin detach rows cols grace_s signal force since_ns follow "
+    "all image include arch"
+).split()
 arguments = st.dictionaries(st.sampled_from(names), values | st.sampled_from(["box", ["true"], 1, True]), max_size=6)
 requests = st.tuples(st.sampled_from(HARMLESS) | texts, arguments)
-envelopes = st.binary(max_size=200) | st.tuples(st.integers(0, 1 << 32 - 1), st.binary(max_size=200)).map(
-    lambda pair: (pair[0] & 0xFFFFFFFF).to_bytes(4, "little") + pair[1]
-) | values.map(lambda value: _packed({"v": 1, "verb": value, "args": value})) | st.dictionaries(texts, values).map(
-    lambda value: _packed(value)
-)  # fmt: skip
+envelopes = st.one_of(
+    st.binary(max_size=200),
+    st.tuples(st.integers(0, (1 << 32) - 1), st.binary(max_size=200)).map(lambda x: x[0].to_bytes(4, "little") + x[1]),
+    values.map(lambda value: _packed({"v": 1, "verb": value, "args": value})),
+    st.dictionaries(texts, values).map(lambda value: _packed(value)),  # noqa: PLW0108 — it is defined below
+)
 frames = st.lists(
     st.tuples(st.integers(0, 60), st.integers(0, 5), st.binary(max_size=100)).map(
         lambda parts: len(parts[2]).to_bytes(4, "little") + bytes((parts[0], 0, parts[1] & 1, 0)) + bytes(4) + parts[2]

@@ -1,4 +1,4 @@
-"""The daemon is killed at random moments under load: no stream is cut, no exit code, environment or log line is lost."""
+"""The daemon is killed at random moments under load: no stream is cut, no code, log or environment lost."""
 
 from __future__ import annotations
 

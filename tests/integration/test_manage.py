@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
+from typing import Any
 
 import pytest
 
@@ -122,7 +123,7 @@ def test_events_tell_the_life_of_an_environment(root: Root) -> None:
     assert watching.stdout is not None
     time.sleep(0.5)
     assert root.cli("run", "--rm", "--name", "seen", "debian", "sh", "-c", "exit 4").returncode == 4
-    found = []
+    found: list[dict[str, Any]] = []
     while not found or found[-1]["event"] != "destroy":
         found.append(json.loads(watching.stdout.readline()))
     watching.terminate()

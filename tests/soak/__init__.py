@@ -1,0 +1,1 @@
+"""The large sizes: run by ``make soak``, a small version of each by ``make test``."""
