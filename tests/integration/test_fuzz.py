@@ -76,8 +76,8 @@ def services(draw: st.DrawFn) -> dict[str, Any]:
 
 
 names = (
-    "env spec attach command environment working_dir user tty stdin detach rows cols grace_s signal force since_ns follow "
-    "all image include arch"
+    "env spec attach command environment working_dir user tty stdin detach rows cols grace_s signal force since_ns "
+    "follow all image include arch"
 ).split()
 arguments = st.dictionaries(st.sampled_from(names), values | st.sampled_from(["box", ["true"], 1, True]), max_size=6)
 requests = st.tuples(st.sampled_from(HARMLESS) | texts, arguments)

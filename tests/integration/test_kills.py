@@ -128,7 +128,7 @@ def _killed_at_random(root: Root, kills: int, seed: int) -> dict[str, int]:
     for thread in threads:
         thread.join(90)
     assert not any(thread.is_alive() for thread in threads)
-    assert load.failures == []
+    assert load.failures == [], "\n".join(load.failures)
     _all_there(root, load)
     return load.counts
 

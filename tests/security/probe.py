@@ -4,7 +4,7 @@ The image's Python is minimal and has neither ctypes nor json. System calls are 
 """
 
 # The image's Python has no pathlib.
-# ruff: noqa: PTH
+# ruff: noqa: PTH115, PTH208
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 
 import pytest
-
 from bench.neighbour import PROMISED, Machine, measure
+
 from tests.support.images import IMAGE
 from tests.support.roots import Root
 

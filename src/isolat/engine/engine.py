@@ -345,6 +345,16 @@ class Engine:
             self._workers.submit(lambda: self._ended(env, exit))
         elif link.closed:
             self._workers.submit(lambda: self._keeper_gone(env, link))
+        else:
+            self._workers.submit(lambda: self._forget_ended(env))
+
+    def _forget_ended(self, env: Environment) -> None:
+        """Execs that ended while no daemon lived: nobody will ask for them any more."""
+        with contextlib.suppress(IsolatError):
+            inside = self._innermost(env)
+            for proc in inside.procs("exec-", Deadline(10)):
+                if proc.exit is not None:
+                    inside.forget(proc.key, Deadline(10))
 
     def _forget(self, env: Environment, name: str) -> None:
         with contextlib.suppress(IsolatError):
@@ -443,7 +453,7 @@ class Engine:
         env = self.find(ref)
         states.check(Verb.EXEC, env.state, env.name)
         d = Deadline(_START_S)
-        inside, key = self._innermost(env), env.next_exec_key()
+        inside, key = self._innermost(env), env.new_exec_key()
         main = env.handle.frames[-1].main
         assert main is not None
         merged = dict(main.env)

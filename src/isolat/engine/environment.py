@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +31,6 @@ class Environment:
         self.stop_reason = ""  # why the engine itself ended it
         self._condition = threading.Condition()
         self._operation = ""
-        self._execs = 0
         if not handle.state.alive:
             self.ended.set()
 
@@ -70,10 +70,10 @@ class Environment:
                 self._operation = ""
                 self._condition.notify_all()
 
-    def next_exec_key(self) -> str:
-        with self._condition:
-            self._execs += 1
-            return f"exec-{id(self) & 0xFFFF:x}-{self._execs}"
+    @staticmethod
+    def new_exec_key() -> str:
+        """A key that no exec had, under this daemon or one before it: the same key would be the same process."""
+        return f"exec-{os.urandom(8).hex()}"
 
     def save(self, **changes: object) -> None:
         """Replace the handle, on disk first."""
