@@ -38,10 +38,12 @@ void failure_set(Failure *f, const char *stage, int error, int code, const char 
 
 void child_reset(void)
 {
-    struct sigaction standard = {.sa_handler = SIG_DFL};
+    /* The kernel's own struct, all zero: SIG_DFL. C libraries keep 32 to 34 to themselves and would refuse them, but
+     * whoever started us may have had them ignored. */
+    static const unsigned long standard[8];
     sigset_t none;
     for (int n = 1; n < 65; n++)
-        sigaction(n, &standard, NULL);
+        syscall(SYS_rt_sigaction, n, standard, NULL, 8);
     sigemptyset(&none);
     sigprocmask(SIG_SETMASK, &none, NULL);
     umask(022);

@@ -1,4 +1,4 @@
-"""The daemon's own life: started by need, alone on its root, gone when idle; nothing depends on its memory or its index."""
+"""The daemon's own life: started by need, alone on its root, gone when idle; nothing depends on what it remembers."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ right: dict[str, st.SearchStrategy[Any]] = {
     "environment": st.dictionaries(texts, texts, max_size=3) | st.lists(texts, max_size=3),
     "container_name": st.sampled_from(["one", "two", "box"]) | texts,
     "user": st.sampled_from(["0", "1000", "nobody", "1:2", "nosuch"]),
-    "working_dir": st.sampled_from(["/", "/tmp", "/no/such"]),
+    "working_dir": st.sampled_from(["/", "/tmp", "/dev/null/such"]),
     "network_mode": st.sampled_from(["none", "host"]),
     "x-timeout": st.sampled_from([0.01, "1s", 5]),
     "labels": st.dictionaries(texts, texts, max_size=3),

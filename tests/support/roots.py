@@ -273,7 +273,8 @@ def private_root(*, image: bool = True) -> Iterator[Root]:
         if image:
             images.share(root.path)
         yield root
-        defects = [line for line in root.log().splitlines() if "defect in" in line]
+        log = root.log()
+        defects = [log[log.index("defect in") :][:4000]] if "defect in" in log else []
         left = root.reset()
         if left or defects:
             pytest.fail("left after system reset:\n" + "\n".join([*left, *defects]), pytrace=False)

@@ -74,7 +74,7 @@ class WiredPlace:
         for step in steps:
             if failed is not None and not op:
                 break
-            fds = [descriptors[step.descriptor]] if isinstance(step, Idmap) and step.descriptor >= 0 else []
+            fds = _descriptors_of(step, descriptors) if not op else []
             asked.append(link.ask(k.STEP, [(k.T_OP, op), (k.T_STEP, step.to_wire()), *self._here()], fds))
             settle(0 if counting() else _STEPS_UNDER_WAY)
         settle(0)
@@ -151,6 +151,11 @@ class WiredPlace:
 
     def inside(self, key: str, facts: Facts) -> Place:
         return WiredPlace(self._link, facts, self.full_name(key))
+
+
+def _descriptors_of(step: Step, descriptors: Sequence[int]) -> list[int]:
+    """What comes along with this step: the source that the caller opened."""
+    return [descriptors[step.descriptor]] if isinstance(step, Idmap) and step.descriptor >= 0 else []
 
 
 def _command_fields(cmd: Command) -> Fields:

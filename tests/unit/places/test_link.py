@@ -17,7 +17,7 @@ from isolat.deadline import Deadline
 from isolat.errors import CommandNotFound, DeadlineExceeded, IsolatError, Lost, NotExecutable, NotFound, StartFailed
 from isolat.places.base import CgroupFacts, CgroupMode, Command, Exit, Facts, Io
 from isolat.places.link import Link, Reactor
-from isolat.places.steps import MakeDir
+from isolat.places.steps import Idmap, MakeDir
 from isolat.places.wired import WiredPlace
 from isolat.wire import kinds as k
 from isolat.wire.codec import Decoder, Fields, Frame, pack
@@ -184,3 +184,9 @@ def test_garbage_from_a_keeper_ends_in_an_error_of_the_tree(reactor: Reactor, ga
     with pytest.raises(IsolatError):
         peer.link.request(k.PROCS, [], Deadline(2))
     peer.link.close()
+
+
+def test_a_step_that_came_with_a_descriptor_is_undone_without(peer: Peer) -> None:
+    asked = peer.in_background()
+    WiredPlace(lambda _: peer.link, FACTS).revert([Idmap("/a", "/b", ((0, 5, 1),), descriptor=3)], Deadline(5))
+    assert asked.get(timeout=5).nfds == 0
