@@ -88,3 +88,44 @@ def test_a_working_directory_and_files_of_other_users_stay_theirs(root: Root, di
     other.write_text("x")
     os.chown(other, 4321, 4321)
     assert _run(root, f"{directory}:/v", "stat -c %u /v/others", "-w", "/v") == "4321\n"
+
+
+@pytest.fixture
+def open_root(root: Root) -> Iterator[Root]:
+    """A root whose socket everybody may use for a moment, as members of the group isolat may."""
+    mode = root.socket.stat().st_mode & 0o777
+    root.socket.chmod(0o666)
+    yield root
+    root.socket.chmod(mode)
+
+
+CALLER = 1234
+
+
+def test_an_unprivileged_callers_volume_is_theirs_on_both_sides(open_root: Root, directory: Path) -> None:
+    os.chown(directory, CALLER, CALLER)
+    script = "echo back > /v/out; stat -c %u /v /v/out"
+    words = ("run", "--rm", "-v", f"{directory}:/v", "debian", "sh", "-c", script)
+    done = open_root.cli(*words, user=CALLER, group=CALLER, extra_groups=[])
+    assert (done.returncode, done.stdout) == (0, b"0\n0\n"), done.stderr
+    assert (directory / "out").stat().st_uid == CALLER
+
+
+def test_what_the_caller_may_not_open_is_not_opened_for_them(open_root: Root, directory: Path) -> None:
+    closed = directory / "closed"
+    closed.mkdir()
+    (closed / "secret").write_text("secret")
+    closed.chmod(0o700)
+    words = ("run", "--rm", "-v", f"{closed}/secret:/v", "debian", "cat", "/v")
+    done = open_root.cli(*words, user=CALLER, group=CALLER, extra_groups=[])
+    assert done.returncode == 125
+    assert b"secret" not in done.stdout
+
+
+def test_files_of_root_stay_closed_to_an_unprivileged_caller(open_root: Root, directory: Path) -> None:
+    (directory / "roots").write_text("of root")
+    (directory / "roots").chmod(0o600)
+    script = "cat /v/roots 2>/dev/null || echo closed; touch /v/new 2>/dev/null || echo closed"
+    words = ("run", "--rm", "-v", f"{directory}:/v", "debian", "sh", "-c", script)
+    done = open_root.cli(*words, user=CALLER, group=CALLER, extra_groups=[])
+    assert (done.returncode, done.stdout) == (0, b"closed\nclosed\n"), done.stderr
