@@ -249,7 +249,7 @@ class Root:
         for process in self._daemons:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(5)
-        _unmount_below(self.path)
+        _unmount(self.path)
         shutil.rmtree(self.path, ignore_errors=True)
 
 
@@ -259,9 +259,10 @@ def _tag(path: Path) -> str:
     return StateRoot(path).tag
 
 
-def _unmount_below(path: Path) -> None:
-    points = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines() if f" {path}/" in line]
-    for point in reversed(points):
+def _unmount(path: Path) -> None:
+    """Everything mounted below the root, and the root itself, which its daemon makes a mount."""
+    points = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    for point in reversed([point for point in points if point == str(path) or point.startswith(f"{path}/")]):
         subprocess.run(["umount", "-l", point], check=False, capture_output=True)
 
 
