@@ -250,6 +250,10 @@ class Root:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(5)
         _unmount(self.path)
+        for group in traces.cgroups(f"/isolat/{_tag(self.path)}"):
+            for path in (*Path(group).iterdir(), Path(group)):
+                with contextlib.suppress(OSError):
+                    path.rmdir()
         shutil.rmtree(self.path, ignore_errors=True)
 
 
