@@ -44,7 +44,6 @@ PACKAGES = (
     Package(
         "util-linux", "unshare and setpriv confine the programs that build images", Group.REQUIRED, command="setpriv"
     ),
-    Package("runc", "another OCI runtime (--oci-runtime runc)", Group.OPTIONAL, "container", "runc"),
     Package("qemu-user-static", "runs programs of other architectures (--arch)", Group.OPTIONAL),
     Package("gcc", "compiles the C core and looks for defects in it", Group.DEVELOP, command="gcc"),
     Package("libc6-dev", "headers for the C core's checks", Group.DEVELOP),
@@ -52,6 +51,14 @@ PACKAGES = (
     Package("musl-tools", "links the C core statically, in a few hundred KiB", Group.DEVELOP, command="musl-gcc"),
     Package("linux-libc-dev", "the kernel's headers for the C core", Group.DEVELOP),
     Package("python3-venv", "the environment that tests and tools live in", Group.DEVELOP),
+    Package("procps", "finds processes in tests", Group.DEVELOP, command="pgrep"),
+    Package(
+        "runc",
+        "another OCI runtime (--oci-runtime runc), to hold ours to the standard",
+        Group.DEVELOP,
+        "container",
+        "runc",
+    ),
     Package("docker.io", "what containers are compared with", Group.BENCH, "container", "dockerd"),
 )
 
