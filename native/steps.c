@@ -12,6 +12,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/ioctl.h>
 #include <sys/mount.h>
 #include <sys/stat.h>
@@ -201,9 +202,12 @@ static int userns_with(const char *map)
 {
     char path[64];
     pid_t pid = (pid_t)syscall(SYS_clone, CLONE_NEWUSER | SIGCHLD, 0, 0, 0, 0);
-    if (pid == 0)
+    if (pid == 0) {
+        /* It shares the keeper's lock, like every fork: it must not outlive a keeper that is killed just now. */
+        prctl(PR_SET_PDEATHSIG, SIGKILL);
         for (;;)
             pause();
+    }
     if (pid < 0)
         return -1;
     int fd = -1;

@@ -11,6 +11,7 @@ import fcntl
 import gc
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -70,6 +71,8 @@ def serve(root: Path, idle_s: float, ready_fd: int) -> None:
     if os.geteuid() != 0:
         raise Refused("the daemon needs root for now", hint="start it with sudo, or use the service")
     os.umask(0o022)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # one for each environment; the usual 1024 end soon
     paths = StateRoot(root)
     _make_root(root)
     _hold(paths)

@@ -55,9 +55,13 @@ def uid_base(index: int) -> int:
     return UID_FIRST + index * UID_COUNT
 
 
-def free_uid_index(used: set[int]) -> int:
-    """The lowest range that no environment has. Raises Refused when all are taken."""
-    for index in range(UID_RANGES):
+def free_uid_index(used: set[int], first: int = 0) -> int:
+    """The next range from ``first`` on that no environment has. Raises Refused when all are taken.
+
+    Every state root begins at another place, so that the environments of two roots do not meet either.
+    """
+    for n in range(UID_RANGES):
+        index = (first + n) % UID_RANGES
         if index not in used:
             return index
     raise Refused(f"all {UID_RANGES} uid ranges are in use", hint="remove environments that ended")

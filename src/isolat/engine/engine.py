@@ -37,6 +37,7 @@ from isolat.engine.states import Verb
 from isolat.engine.workers import Timers, Workers
 from isolat.errors import (
     Conflict,
+    DeadlineExceeded,
     IllegalState,
     IsolatError,
     Lost,
@@ -48,7 +49,7 @@ from isolat.errors import (
 from isolat.images.pool import Pool
 from isolat.images.store import ImageStore
 from isolat.layers import registry
-from isolat.layers.base import CanEnter, ImageRef, Layer, Probe, State
+from isolat.layers.base import GUEST, CanEnter, ImageRef, Layer, Probe, State
 from isolat.linux.facts import record_facts
 from isolat.places.base import Command, Exit, Io, Place
 from isolat.places.link import Link, Reactor
@@ -58,6 +59,9 @@ from isolat.spec.parse import parse
 
 _START_S = float(os.environ.get("ISOLAT_START_S", "60"))  # tests shorten it
 _PROBE_KEPT_S = 300.0
+_AGAIN_S = 5.0
+_RETRY_MOST_S = 60.0
+_STOP_MORE_S = 10.0
 _REMOVE_WAIT_S = 30.0
 
 
@@ -110,6 +114,9 @@ class Engine:
         self._probes: dict[tuple[str, str], tuple[float, Probe]] = {}
         self._boot_id = boot_id()
         self._group = group_id()
+        self._first_uid = int(self.paths.tag, 16) % admission.UID_RANGES
+        self._making: dict[str, str] = {}  # id to image digest, of environments that are not in the table yet
+        self._closing = False
         self.changed = time.monotonic()
 
     # life of the engine
@@ -121,14 +128,14 @@ class Engine:
         recovery = Recovery(self.paths, self._keepers, self._endings, self._boot_id)
         for env in recovery.find():
             self._enter(env)
-            if env.link is not None and env.state.alive:
-                self._watch(env)
-                self._rearm(env)
-                self._catch_up(env, env.link)
-        recovery.sweep(set(self._by_id), self.facts)
+            if env.state.alive:
+                self._rejoin(env, recovery)
+        known = {*self._by_id, *recovery.unread}
+        self._uids.update(index for index in recovery.unread.values() if index >= 0)
+        recovery.sweep(known, self.facts)
         if self.pool.exists():
             self.pool.ensure()
-            self.pool.sweep(set(self._by_id))
+            self.pool.sweep(known)
         self._index.start([self._row(env) for env in self._by_id.values()])
         for env in list(self._by_id.values()):
             if env.handle.remove and not env.state.alive:
@@ -156,8 +163,13 @@ class Engine:
     def plan(self, service: Mapping[str, object], caller: Caller) -> tuple[list[dict[str, object]], str]:
         """What ``run`` would do, without doing anything."""
         spec = parse(service)
-        request = self._request(spec, service, caller, new_id(), spec.name or "NAME", 0)
-        return describe(self._plan(request, Deadline(_START_S)))
+        id = new_id()
+        try:
+            request = self._request(spec, service, caller, id, spec.name or "NAME", 0)
+            return describe(self._plan(request, Deadline(_START_S)))
+        finally:
+            with self._table:
+                self._making.pop(id, None)
 
     def run(
         self,
@@ -197,8 +209,10 @@ class Engine:
     ) -> tuple[Environment, list[Planned]]:
         id = new_id()
         with self._table:
+            if self._closing:
+                raise Conflict("everything is being reset: nothing new is started")
             name = self._reserve(spec.name, id)
-            index = admission.free_uid_index(self._uids)
+            index = admission.free_uid_index(self._uids, self._first_uid)
             self._uids.add(index)
         try:
             request = self._request(spec, service, caller, id, name, index)
@@ -216,11 +230,17 @@ class Engine:
             with self._table:
                 self._names.pop(name, None)
                 self._uids.discard(index)
+                self._making.pop(id, None)
             with contextlib.suppress(OSError):
                 self.paths.env(id).rmdir()
             raise
         with self._table:
             self._by_id[id] = env
+            self._making.pop(id, None)
+            closing = self._closing
+        if closing:
+            self._undo(env)
+            raise Conflict("everything is being reset: nothing new is started")
         self._publish("create", env, image=spec.image, layer=spec.layer)
         return env, planned
 
@@ -228,12 +248,14 @@ class Engine:
         self, spec: Spec, service: Mapping[str, object], caller: Caller, id: str, name: str, index: int
     ) -> Request:
         stack = registry.resolve(spec.layers)
-        image = self._image(spec.image) if stack[0].capabilities.images else None
+        image = self._image(id, spec.image) if stack[0].capabilities.images else None
         upper = str(self.paths.pool / id) if image and self.pool.ensure() else ""
         return Request(id, name, spec, service, image, index, upper, caller.uid, caller.gid)
 
-    def _image(self, name: str) -> ImageRef:
+    def _image(self, id: str, name: str) -> ImageRef:
         image = self.images.resolve(name)
+        with self._table:
+            self._making[id] = image.digest
         return ImageRef(
             digest=image.digest,
             mount=str(self.images.mount(image.digest)),
@@ -323,6 +345,21 @@ class Engine:
 
     # ending
 
+    def _rejoin(self, env: Environment, recovery: Recovery) -> None:
+        """Watch what was found to run. A keeper that lives but does not answer yet is asked again and again."""
+        if env.link is not None:
+            self._watch(env)
+            self._rearm(env)
+            self._catch_up(env, env.link)
+            return
+
+        def again() -> None:
+            with env.operation("being found again", Deadline(_REMOVE_WAIT_S)):
+                if env.link is None and env.state.alive and recovery.recover(env) and env.state.alive:
+                    self._rejoin(env, recovery)
+
+        self._timers.after(_AGAIN_S, lambda: self._workers.submit(again))
+
     def _watch(self, env: Environment) -> None:
         assert env.link is not None
         link, main = env.link, env.handle.main_name
@@ -371,7 +408,7 @@ class Engine:
                 exit = replace(exit, forced=env.forced, oom=self._endings.oom(env))
                 env.handle = env.handle.with_(exit=exit, reason=env.stop_reason)
                 self._publish("die", env, code=exit.code, signal=exit.signal)
-                self._destroy(env)
+                self._destroy_or_retry(env)
                 return
             self._endings.settle(env, exit)
         self._tell_end(env)
@@ -404,10 +441,23 @@ class Engine:
         self._leave(env)
         self._publish("destroy", env)
 
-    def _remove(self, env: Environment) -> None:
+    def _destroy_or_retry(self, env: Environment, wait_s: float = 1.0) -> None:
+        """Destroy what nobody will ask for again; what stands in the way may go, so that is tried until it works."""
+        try:
+            self._destroy(env)
+        except (IsolatError, OSError) as error:
+            log(f"{env.name}: removing it failed, again in {wait_s:g} s: {error}")
+            env.handle = env.handle.with_(state=State.REMOVING)
+            with contextlib.suppress(OSError):
+                env.save()
+            env.ended.set()
+            later = min(2 * wait_s, _RETRY_MOST_S)
+            self._timers.after(wait_s, lambda: self._workers.submit(lambda: self._remove(env, later)))
+
+    def _remove(self, env: Environment, wait_s: float = 1.0) -> None:
         with env.operation("removing", Deadline(_REMOVE_WAIT_S)):
             if not env.gone.is_set():
-                self._destroy(env)
+                self._destroy_or_retry(env, wait_s)
 
     def _rearm(self, env: Environment) -> None:
         """The clock of --timeout, which goes on over restarts of the daemon."""
@@ -425,8 +475,10 @@ class Engine:
         self._timers.after(max(0.0, left_s), out_of_time)
 
     def _stop_quietly(self, env: Environment) -> None:
-        with contextlib.suppress(IsolatError):
+        try:
             self.stop(env.id, None)
+        except IsolatError:
+            self._kill_whole(env)  # somebody else is stopping it, more patiently than its time allows
 
     # verbs on one environment
 
@@ -521,12 +573,24 @@ class Engine:
         with env.operation("stopping"):
             layer, place = self._last(env)
             self._publish("stop", env)
-            with contextlib.suppress(IsolatError):
-                ended = layer.stop(env.handle.frames[-1], place, grace_s, Deadline(grace_s + 30))
+            with contextlib.suppress(Lost):  # its keeper died meanwhile, which is an end as well
+                ended = layer.stop(env.handle.frames[-1], place, grace_s, Deadline(grace_s + _STOP_MORE_S))
                 env.forced = env.forced or ended.forced
         done = env.gone if env.handle.remove else env.ended
-        done.wait(_REMOVE_WAIT_S)
+        if not done.wait(_REMOVE_WAIT_S):
+            raise DeadlineExceeded(
+                f"{env.name} was killed, but has not come to its end", stage="stop", hint=f"isolat rm -f {env.name}"
+            )
         return env
+
+    def _kill_whole(self, env: Environment) -> None:
+        """SIGKILL to all of it, whoever holds the environment: whoever waits for its end then goes on."""
+        frame = env.handle.frames[0]
+        key = GUEST if frame.has_guest else frame.main_key
+        env.forced = True
+        with contextlib.suppress(IsolatError):
+            place = WiredPlace(env.live_link, self.facts)
+            place.signal(key, signals.SIGKILL, Deadline(5), everything=not frame.has_guest)
 
     def kill(self, ref: str, signal: int) -> None:
         env = self.find(ref)
@@ -547,6 +611,8 @@ class Engine:
     def remove(self, ref: str, force: bool) -> None:
         env = self.find(ref)
         states.check(Verb.REMOVE_FORCED if force else Verb.REMOVE, env.state, env.name)
+        if force and env.state == State.RUNNING:
+            self._kill_whole(env)
         with env.operation("removing", Deadline(_REMOVE_WAIT_S) if force else None):
             if env.gone.is_set():
                 return
@@ -559,7 +625,9 @@ class Engine:
 
     def in_use(self) -> set[str]:
         """The digests of images that an environment stands on."""
-        return {env.handle.digest for env in self.environments() if env.handle.digest}
+        with self._table:
+            making = set(self._making.values())
+        return making | {env.handle.digest for env in self.environments() if env.handle.digest}
 
     # listeners
 
@@ -633,6 +701,8 @@ class Engine:
 
     def reset(self, told: Callable[[str, str], None]) -> None:
         """Remove every environment, image mount and the pool of this root; what stays is the empty directory."""
+        with self._table:
+            self._closing = True
         for env in self.environments():
             try:
                 self.remove(env.id, force=True)

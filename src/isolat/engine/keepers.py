@@ -75,7 +75,10 @@ class Keepers:
         return link
 
     def find(self, directory: Path, name: str, d: Deadline) -> Link | None:
-        """A link to the keeper that holds this environment, or None when there is none."""
+        """A link to the keeper that holds this environment, or None when there is none.
+
+        Raises DeadlineExceeded where there is one that does not answer: it lives, and what it holds is not lost.
+        """
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         at = os.open(directory, os.O_PATH | os.O_CLOEXEC)
         try:
@@ -89,9 +92,11 @@ class Keepers:
         link = self._link(sock, name, None)
         try:
             self._greet(link, d)
+        except Lost:
+            return None
         except IsolatError:
             link.close()
-            return None
+            raise
         return link
 
     def _link(self, sock: socket.socket, name: str, process: subprocess.Popen[bytes] | None) -> Link:

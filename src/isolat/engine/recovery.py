@@ -7,6 +7,7 @@ directories, control groups and runtime states with no handle are removed.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -17,7 +18,7 @@ from pathlib import Path
 from isolat.deadline import Deadline
 from isolat.engine.endings import Endings, recorded_exit, remove_directory
 from isolat.engine.environment import Environment
-from isolat.engine.handle import read_handle
+from isolat.engine.handle import HANDLE, read_handle
 from isolat.engine.journal import log
 from isolat.engine.keepers import Keepers, quit_keeper
 from isolat.engine.paths import StateRoot
@@ -26,7 +27,7 @@ from isolat.layers.base import State
 from isolat.places.base import Facts
 from isolat.places.wired import WiredPlace
 
-_FIND_S = 10.0
+_FIND_S = 3.0
 
 
 class Recovery:
@@ -35,6 +36,7 @@ class Recovery:
         self._keepers = keepers
         self._endings = endings
         self._boot_id = boot_id
+        self.unread: dict[str, int] = {}  # ids whose handle could not be read, with their uid range: nothing is swept
 
     def find(self) -> Iterator[Environment]:
         """Every environment that is there, with the state it really is in."""
@@ -43,15 +45,16 @@ class Recovery:
                 handle = read_handle(directory)
             except StoreError as error:
                 log(f"{error.message}; it is left as it is")
+                self.unread[directory.name] = _uid_index(directory)
                 continue
             if handle is None:
                 self._sweep_directory(directory)
                 continue
             env = Environment(handle, directory)
-            if self._recover(env):
+            if self.recover(env):
                 yield env
 
-    def _recover(self, env: Environment) -> bool:
+    def recover(self, env: Environment) -> bool:
         """Bring the environment up to what is true. False: it was half-made or half-removed, and is gone now."""
         try:
             rebooted = env.handle.boot_id != self._boot_id
@@ -126,6 +129,13 @@ class Recovery:
             for path in (parent, parent.parent):
                 with contextlib.suppress(OSError):
                     path.rmdir()
+
+
+def _uid_index(directory: Path) -> int:
+    """The uid range that a handle names which cannot be read whole, or -1: it must not be given to another."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        return int(json.loads((directory / HANDLE).read_text(encoding="utf-8"))["uid_index"])
+    return -1
 
 
 def _parents(paths: StateRoot, facts: Facts) -> list[Path]:
