@@ -27,7 +27,7 @@ def _machine(top: Path) -> Path:
     (top / "etc/ld.so.cache").write_text("cache")
     (top / "etc/ld.so.conf.d/a.conf").write_text("/usr/local/lib\n")
     (top / "etc/alternatives/editor").symlink_to("/usr/bin/nano")
-    (top / "etc/alternatives/odd").symlink_to("/root/.secret")
+    (top / "etc/alternatives/odd").symlink_to("/home/someone/.secret")
     for name in ("passwd", "shadow", "hostname", "resolv.conf", "machine-id", "hosts"):
         (top / "etc" / name).write_text(SECRET)
     return top
