@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 
 import pytest
@@ -65,3 +66,20 @@ def test_a_keeper_that_does_not_answer_for_a_while_is_not_taken_for_dead(fresh_r
         time.sleep(0.5)
     fresh_root.ok("exec", id, "true")
     fresh_root.ok("rm", "-f", id)
+
+
+def test_a_removal_that_fails_is_tried_again_until_it_works(fresh_root: Root) -> None:
+    id = fresh_root.ok("run", "-d", "--rm", "debian", "sleep", "600").strip()
+    kept = fresh_root.path / "envs" / id / "bundle" / "config.json"
+    subprocess.run(["chattr", "+i", kept], check=True)
+    try:
+        fresh_root.ok("kill", id)
+        time.sleep(1.5)
+        assert [row["state"] for row in fresh_root.environments()] == ["removing"]
+    finally:
+        subprocess.run(["chattr", "-i", kept], check=True)
+    deadline = time.monotonic() + 20
+    while fresh_root.environments() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert fresh_root.environments() == []
+    assert "defect" not in fresh_root.log()

@@ -51,6 +51,7 @@ PACKAGES = (
     Package("musl-tools", "links the C core statically, in a few hundred KiB", Group.DEVELOP, command="musl-gcc"),
     Package("linux-libc-dev", "the kernel's headers for the C core", Group.DEVELOP),
     Package("python3-venv", "the environment that tests and tools live in", Group.DEVELOP),
+    Package("e2fsprogs", "holds a file in place in a test (chattr)", Group.DEVELOP, command="chattr"),
     Package("procps", "finds processes in tests", Group.DEVELOP, command="pgrep"),
     Package(
         "runc",
