@@ -112,7 +112,7 @@ class Server:
         sock.settimeout(None)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _SEND_S, 0))
         try:
-            outcome = self._outcome(sock, message, descriptors, closing, send)
+            outcome = _outcome(lambda: self._carry_out(sock, message, descriptors, closing, send))
             try:
                 send(outcome, closing)
             except ProtocolError as error:  # the answer is longer than a message may be
@@ -120,26 +120,6 @@ class Server:
         finally:
             for fd in (*descriptors, *closing):
                 os.close(fd)
-
-    def _outcome(
-        self,
-        sock: socket.socket,
-        message: dict[str, object],
-        descriptors: list[int],
-        closing: list[int],
-        send: Callable[[dict[str, object], list[int]], None],
-    ) -> dict[str, object]:
-        """The last message of the answer."""
-        try:
-            return {"ok": self._carry_out(sock, message, descriptors, closing, send)}
-        except (BrokenPipeError, ConnectionResetError):
-            raise
-        except IsolatError as error:
-            return {"error": error.to_json()}
-        except Exception as error:
-            log_defect("a request", error)
-            told = InternalError(f"a defect of Isolat: {type(error).__name__}: {error}", hint="see daemon.log")
-            return {"error": told.to_json()}
 
     def _carry_out(
         self,
@@ -164,6 +144,20 @@ class Server:
             closing=closing,
         )
         return function(call)
+
+
+def _outcome(work: Callable[[], dict[str, object]]) -> dict[str, object]:
+    """The last message of an answer."""
+    try:
+        return {"ok": work()}
+    except (BrokenPipeError, ConnectionResetError):
+        raise
+    except IsolatError as error:
+        return {"error": error.to_json()}
+    except Exception as error:
+        log_defect("a request", error)
+        told = InternalError(f"a defect of Isolat: {type(error).__name__}: {error}", hint="see daemon.log")
+        return {"error": told.to_json()}
 
 
 def _caller(sock: socket.socket) -> Caller:

@@ -25,6 +25,7 @@ from isolat.places.base import Exit, Facts
 from isolat.places.link import Link
 from isolat.places.steps import Cgroup, Idmap, Mount, Step
 from isolat.places.wired import WiredPlace
+from isolat.trace import mark
 
 _REVERT_S = 60.0
 
@@ -59,9 +60,12 @@ class Endings:
         link = env.link
         if link is not None and not link.closed and link.exit_of(env.handle.main_name) is None:
             quit_keeper(link, Deadline(10))
+        mark("ended")
         self._revert(env, list(env.handle.frames[0].steps) if env.handle.frames else [])
+        mark("steps reverted")
         checkpoint()
         remove_directory(env.directory)
+        mark("directory removed")
         env.handle = env.handle.with_(state=State.REMOVING)
 
     def _revert(self, env: Environment, steps: list[Step]) -> None:

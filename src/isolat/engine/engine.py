@@ -56,6 +56,7 @@ from isolat.places.link import Link, Reactor
 from isolat.places.wired import WiredPlace
 from isolat.spec.model import Spec
 from isolat.spec.parse import parse
+from isolat.trace import mark
 
 _START_S = float(os.environ.get("ISOLAT_START_S", "60"))  # tests shorten it
 _PROBE_KEPT_S = 300.0
@@ -161,7 +162,7 @@ class Engine:
     # making
 
     def plan(self, service: Mapping[str, object], caller: Caller) -> tuple[list[dict[str, object]], str]:
-        """What ``run`` would do, without doing anything."""
+        """What ``run`` would do. Makes no environment; the image is mounted and the pool made, if they were not yet."""
         spec = parse(service)
         id = new_id()
         try:
@@ -192,17 +193,13 @@ class Engine:
         admission.check(spec, self.facts.memory_bytes, self.facts.cpus, self.paths.root)
         d = Deadline(_START_S)
         env, planned = self._create(spec, service, caller, d)
-        ours: socket.socket | None = None
+        io = Io(spec.tty, stdin, spec.logging != "none", True, rows, cols)
         with env.operation("starting"):
             try:
-                io = Io(spec.tty, stdin, spec.logging != "none", True, rows, cols)
-                ours = self._start(env, planned, io, attach, descriptors, d)
+                return env, self._start(env, planned, io, attach, descriptors, d)
             except BaseException:
-                if ours is not None:
-                    ours.close()
                 self._undo(env)
                 raise
-        return env, ours
 
     def _create(
         self, spec: Spec, service: Mapping[str, object], caller: Caller, d: Deadline
@@ -217,6 +214,7 @@ class Engine:
         try:
             request = self._request(spec, service, caller, id, name, index)
             planned = self._plan(request, d)
+            mark("planned")
             env = Environment(handle_of(request, planned, self._boot_id), self.paths.env(id))
             env.spec = spec
             env.directory.mkdir(mode=0o711)
@@ -226,6 +224,7 @@ class Engine:
                 os.chmod(env.directory, 0o2711)
             checkpoint()
             env.save()
+            mark("handle saved")
         except BaseException:
             with self._table:
                 self._names.pop(name, None)
@@ -297,11 +296,13 @@ class Engine:
         checkpoint()
         env.link = self._keepers.start(env.directory, env.name, d)
         self._watch(env)
+        mark("keeper started")
         checkpoint()
         place: Place = WiredPlace(env.live_link, self.facts)
         ours = None
         for depth, item in enumerate(planned):
             place.carry_out(item.plan.steps, d, descriptors if depth == 0 else ())
+            mark("steps carried out")
             last = depth == len(planned) - 1
             if last and attach:
                 ours = self._adopt(place, item.frame.main_key, io.stdin, d)
@@ -315,6 +316,7 @@ class Engine:
             if not last:
                 assert isinstance(item.layer, CanEnter)
                 place = item.layer.inside(item.frame, place)
+        mark("application started")
         env.save(state=State.RUNNING, started_ns=time.time_ns())
         checkpoint()
         self._publish("start", env)
@@ -700,7 +702,7 @@ class Engine:
         return (env.id, env.name, str(env.state), handle.image, layer, handle.created_ns, code)
 
     def reset(self, told: Callable[[str, str], None]) -> None:
-        """Remove every environment, image mount and the pool of this root; what stays is the empty directory."""
+        """Remove every environment, and unmount the images and the pool of this root; their files stay."""
         with self._table:
             self._closing = True
         for env in self.environments():

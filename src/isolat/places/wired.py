@@ -9,7 +9,6 @@ import contextlib
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from isolat.checkpoint import checkpoint, counting
 from isolat.deadline import Deadline
@@ -178,8 +177,3 @@ def _io_fields(cmd: Command, io: Io) -> Fields:
         | (k.F_LAUNCHER if cmd.pidfile else 0)
     )
     return [(k.T_FLAGS, flags), (k.T_ROWS, io.rows), (k.T_COLS, io.cols)]
-
-
-def with_tools(facts: Facts, **tools: str) -> Facts:
-    """The same facts with further tools: for the inside of an environment, where ours are at known paths."""
-    return replace(facts, tools=(*facts.tools, *tools.items()))
