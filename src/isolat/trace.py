@@ -24,6 +24,6 @@ _fd = _open(_path) if _path else -1
 
 
 def mark(name: str) -> None:
-    """Note that ``name`` is reached now."""
+    """Note that ``name``, a word without spaces, is reached now."""
     if _fd >= 0:
         posix.write(_fd, b"%s %d %d\n" % (name.encode(), time.monotonic_ns(), posix.getpid()))

@@ -62,10 +62,10 @@ class Endings:
             quit_keeper(link, Deadline(10))
         mark("ended")
         self._revert(env, list(env.handle.frames[0].steps) if env.handle.frames else [])
-        mark("steps reverted")
+        mark("steps-reverted")
         checkpoint()
         remove_directory(env.directory)
-        mark("directory removed")
+        mark("directory-removed")
         env.handle = env.handle.with_(state=State.REMOVING)
 
     def _revert(self, env: Environment, steps: list[Step]) -> None:

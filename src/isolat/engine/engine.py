@@ -224,7 +224,7 @@ class Engine:
                 os.chmod(env.directory, 0o2711)
             checkpoint()
             env.save()
-            mark("handle saved")
+            mark("handle-saved")
         except BaseException:
             with self._table:
                 self._names.pop(name, None)
@@ -296,13 +296,13 @@ class Engine:
         checkpoint()
         env.link = self._keepers.start(env.directory, env.name, d)
         self._watch(env)
-        mark("keeper started")
+        mark("keeper-started")
         checkpoint()
         place: Place = WiredPlace(env.live_link, self.facts)
         ours = None
         for depth, item in enumerate(planned):
             place.carry_out(item.plan.steps, d, descriptors if depth == 0 else ())
-            mark("steps carried out")
+            mark("steps-carried-out")
             last = depth == len(planned) - 1
             if last and attach:
                 ours = self._adopt(place, item.frame.main_key, io.stdin, d)
@@ -316,7 +316,7 @@ class Engine:
             if not last:
                 assert isinstance(item.layer, CanEnter)
                 place = item.layer.inside(item.frame, place)
-        mark("application started")
+        mark("application-started")
         env.save(state=State.RUNNING, started_ns=time.time_ns())
         checkpoint()
         self._publish("start", env)
