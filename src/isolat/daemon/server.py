@@ -17,8 +17,9 @@ from collections.abc import Callable
 from isolat.daemon.arguments import Arguments
 from isolat.daemon.verbs import VERBS, Call
 from isolat.deadline import Deadline
-from isolat.engine.engine import Caller, Engine
+from isolat.engine.engine import Engine
 from isolat.engine.journal import log_defect
+from isolat.engine.maker import Caller
 from isolat.errors import InternalError, IsolatError, ProtocolError, UsageError
 from isolat.wire import api
 

@@ -13,8 +13,9 @@ from isolat import __version__
 from isolat.daemon.arguments import Arguments
 from isolat.deadline import Deadline
 from isolat.engine import states
-from isolat.engine.engine import Caller, Engine, ExecRequest
+from isolat.engine.engine import Engine, ExecRequest
 from isolat.engine.environment import Environment
+from isolat.engine.maker import Caller
 from isolat.engine.states import Verb
 from isolat.errors import UsageError
 from isolat.images.bootstrap import bootstrap
