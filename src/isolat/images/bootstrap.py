@@ -6,6 +6,10 @@ IPC and UTS namespaces of their own, so that no mount and no process of theirs c
 What becomes of the result is read by nobody with rights (images/erofs.py).
 
 The archive's mirror is mmdebstrap's default; ISOLAT_DEBIAN_MIRROR names another.
+
+``debian`` is for the layers that bring an init of their own. ``debian-systemd`` is the same suite as a machine runs it,
+with systemd, udev and a message bus: what the layer ``vm`` needs, which boots it. Ordinary images for ordinary layers
+otherwise: only the packages that are included when nothing is said differ.
 """
 
 from __future__ import annotations
@@ -26,6 +30,9 @@ from isolat.linux import child
 
 DEFAULT_SUITE = "bookworm"
 DEFAULT_INCLUDE = ("python3-minimal",)
+SYSTEMD = "debian-systemd"
+SYSTEMD_INCLUDE = ("dbus", "kmod", "login", "python3-minimal", "systemd-sysv", "udev")
+_INCLUDED = {"debian": DEFAULT_INCLUDE, SYSTEMD: SYSTEMD_INCLUDE}
 SUITES = ("bullseye", "bookworm", "trixie", "forky", "sid", "oldstable", "stable", "testing", "unstable")
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "i686": "i386", "riscv64": "riscv64", "ppc64le": "ppc64el"}
 _QEMU = {"amd64": "x86_64", "arm64": "aarch64", "armhf": "arm", "i386": "i386", "riscv64": "riscv64"}
@@ -46,10 +53,10 @@ def bootstrap(
     d: Deadline = NEVER,
     progress: Progress = no_progress,
 ) -> Image:
-    """Make the image ``debian``, ``debian:SUITE`` or ``host`` and give it its names.
+    """Make the image ``debian``, ``debian-systemd``, either with ``:SUITE``, or ``host``, and give it its names.
 
-    ``debian`` alone makes ``debian:bookworm`` and ``debian:latest``. ``include``: further packages (python3-minimal
-    when nothing is said). Raises UsageError for a name it can't make, Unsupported for what is missing here,
+    ``debian`` alone makes ``debian:bookworm`` and ``debian:latest``. ``include``: further packages (what the name
+    stands for when nothing is said; for ``debian-systemd`` these come on top). Raises UsageError for a name it can't make, Unsupported for what is missing here,
     StoreError with the last lines of mmdebstrap when that fails.
     """
     if name in ("host", "host:latest"):
@@ -57,13 +64,14 @@ def bootstrap(
             raise UsageError("the image `host` is this machine's own /usr: it takes no packages and no architecture")
         return host.bootstrap(store, d, progress)
     suite = parse_suite(name)
-    packages = check_packages(DEFAULT_INCLUDE if include is None else include)
+    packages = check_packages(included(name, include))
     architecture = check_architecture(arch)
     if shutil.which("mmdebstrap", path=child.SAFE_PATH) is None:
         raise Unsupported(
             "could not find mmdebstrap, which is required to make a Debian image", hint="apt-get install mmdebstrap"
         )
-    names = [f"debian:{suite}"] if ":" in name else [f"debian:{suite}", "debian:latest"]
+    distribution, colon, _ = name.partition(":")
+    names = [f"{distribution}:{suite}"] if colon else [f"{distribution}:{suite}", f"{distribution}:latest"]
     return _build(store, suite, packages, architecture, names, d.sooner(_BOOTSTRAP_S), progress)
 
 
@@ -135,11 +143,22 @@ def mmdebstrap_argv(tree: Path, suite: str, packages: Sequence[str], architectur
     ]
 
 
+def included(name: str, include: Sequence[str] | None) -> tuple[str, ...]:
+    """The packages beyond the minimum. What is asked for replaces the default, but never takes a system's init."""
+    distribution = name.partition(":")[0]
+    if include is None:
+        return _INCLUDED[distribution]
+    return (*include, *SYSTEMD_INCLUDE) if distribution == SYSTEMD else tuple(include)
+
+
 def parse_suite(name: str) -> str:
-    """The suite that ``debian`` or ``debian:SUITE`` means. Raises UsageError."""
+    """The suite that ``debian``, ``debian-systemd`` or either with ``:SUITE`` means. Raises UsageError."""
     distribution, colon, suite = name.partition(":")
-    if distribution != "debian":
-        raise UsageError(f"can't bootstrap {name!r}", hint="`debian`, `debian:SUITE` and `host` can be made here")
+    if distribution not in _INCLUDED:
+        raise UsageError(
+            f"can't bootstrap {name!r}",
+            hint="`debian`, `debian-systemd` (to be booted by the layer vm), either with `:SUITE`, and `host` can be made",
+        )
     if not colon or suite == "latest":
         return DEFAULT_SUITE
     if suite not in SUITES:

@@ -11,13 +11,22 @@ from isolat.images import bootstrap
 
 
 @pytest.mark.parametrize(
-    ("name", "suite"), [("debian", "bookworm"), ("debian:latest", "bookworm"), ("debian:sid", "sid")]
+    ("name", "suite"),
+    [
+        ("debian", "bookworm"),
+        ("debian:latest", "bookworm"),
+        ("debian:sid", "sid"),
+        ("debian-systemd", "bookworm"),
+        ("debian-systemd:trixie", "trixie"),
+    ],
 )
 def test_the_tag_is_the_suite(name: str, suite: str) -> None:
     assert bootstrap.parse_suite(name) == suite
 
 
-@pytest.mark.parametrize("name", ["ubuntu", "debian:woody", "debian:", "debian:--help", "fedora:41", ""])
+@pytest.mark.parametrize(
+    "name", ["ubuntu", "debian:woody", "debian:", "debian:--help", "debian-systemd:", "debian-sid", "fedora:41", ""]
+)
 def test_other_names_are_refused(name: str) -> None:
     with pytest.raises(UsageError):
         bootstrap.parse_suite(name)
@@ -31,6 +40,13 @@ def test_what_is_no_package_name_is_refused(package: str) -> None:
 
 def test_packages_are_sorted_and_once_each() -> None:
     assert bootstrap.check_packages(["zsh", "gcc:amd64", "zsh", "libstdc++6"]) == ("gcc:amd64", "libstdc++6", "zsh")
+
+
+def test_packages_asked_for_replace_the_default_but_a_system_keeps_its_init() -> None:
+    assert bootstrap.included("debian", None) == bootstrap.DEFAULT_INCLUDE
+    assert bootstrap.included("debian:sid", ["zsh"]) == ("zsh",)
+    assert "systemd-sysv" in bootstrap.included("debian-systemd", None)
+    assert {"zsh", "systemd-sysv", "udev"} <= set(bootstrap.included("debian-systemd:sid", ["zsh"]))
 
 
 def test_the_command_line_is_confined_and_complete() -> None:
