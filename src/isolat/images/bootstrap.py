@@ -56,8 +56,8 @@ def bootstrap(
     """Make the image ``debian``, ``debian-systemd``, either with ``:SUITE``, or ``host``, and give it its names.
 
     ``debian`` alone makes ``debian:bookworm`` and ``debian:latest``. ``include``: further packages (what the name
-    stands for when nothing is said; for ``debian-systemd`` these come on top). Raises UsageError for a name it can't make, Unsupported for what is missing here,
-    StoreError with the last lines of mmdebstrap when that fails.
+    stands for when nothing is said; for ``debian-systemd`` these come on top). Raises UsageError for a name it can't
+    make, Unsupported for what is missing here, StoreError with the last lines of mmdebstrap when that fails.
     """
     if name in ("host", "host:latest"):
         if include or arch:
@@ -157,7 +157,7 @@ def parse_suite(name: str) -> str:
     if distribution not in _INCLUDED:
         raise UsageError(
             f"can't bootstrap {name!r}",
-            hint="`debian`, `debian-systemd` (to be booted by the layer vm), either with `:SUITE`, and `host` can be made",
+            hint="`debian`, `debian-systemd` (which the layer vm boots), both also with `:SUITE`, and `host` can be made",
         )
     if not colon or suite == "latest":
         return DEFAULT_SUITE
