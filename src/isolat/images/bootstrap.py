@@ -157,7 +157,7 @@ def parse_suite(name: str) -> str:
     if distribution not in _INCLUDED:
         raise UsageError(
             f"can't bootstrap {name!r}",
-            hint="`debian`, `debian-systemd` (which the layer vm boots), both also with `:SUITE`, and `host` can be made",
+            hint="`debian`, `debian-systemd` (which the layer vm boots), both also with `:SUITE`, and `host` are known",
         )
     if not colon or suite == "latest":
         return DEFAULT_SUITE
