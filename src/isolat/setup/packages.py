@@ -44,6 +44,11 @@ PACKAGES = (
     Package(
         "util-linux", "unshare and setpriv confine the programs that build images", Group.REQUIRED, command="setpriv"
     ),
+    Package(
+        "qemu-system-x86", "runs machines with a kernel of their own", Group.REQUIRED, "microvm", "qemu-system-x86_64"
+    ),
+    Package("e2fsprogs", "makes the disks of machines (mkfs.ext4)", Group.REQUIRED, "microvm", "mkfs.ext4"),
+    Package("lz4", "takes a machine's kernel out of its package", Group.REQUIRED, "microvm", "lz4"),
     Package("qemu-user-static", "runs programs of other architectures (--arch)", Group.OPTIONAL),
     Package("gcc", "compiles the C core and looks for defects in it", Group.DEVELOP, command="gcc"),
     Package("libc6-dev", "headers for the C core's checks", Group.DEVELOP),
@@ -51,7 +56,6 @@ PACKAGES = (
     Package("musl-tools", "links the C core statically, in a few hundred KiB", Group.DEVELOP, command="musl-gcc"),
     Package("linux-libc-dev", "the kernel's headers for the C core", Group.DEVELOP),
     Package("python3-venv", "the environment that tests and tools live in", Group.DEVELOP),
-    Package("e2fsprogs", "holds a file in place in a test (chattr)", Group.DEVELOP, command="chattr"),
     Package("procps", "finds processes in tests", Group.DEVELOP, command="pgrep"),
     Package(
         "runc",
