@@ -1,0 +1,201 @@
+"""QEMU's command lines, as pure functions of plain data: what a machine is can be read, compared and kept in a test.
+
+Descriptors of QEMU's process: 0 nothing, 1 and 2 the keeper's words (QEMU's own and the guest's serial console), 3 the
+agent's port, then what the keeper holds (``Descriptors``). Everything else QEMU gets later over its monitor, as
+descriptors too, so it needs no path but its own files, the guest's kernel and /proc/self/fd.
+
+A template, its clones and a machine that is booted for good have the very same devices in the same order: a saved
+state names them by their places (virtio-mmio slots), and nothing but ``-kernel`` and its like, ``share`` and
+``-incoming`` differ.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field, replace
+
+TEMPLATE_VERSION = 1  # raise it when a saved template of before can't be used any more
+PLACEHOLDER_BYTES = 1 << 40  # a guest keeps the capacity that it booted with: larger than any disk put there later
+DISKS = (("vda", True), ("vdb", False), ("vdc", True))  # device id, read-only
+AGENT_PORT = "isolat"
+NIC = "nic0"
+NIC_MAC = "52:54:00:00:00:01"  # travels in a saved state whatever is said here; the agent sets the real one
+TCG_CPU = "Westmere-v1"  # boots a quarter faster than `max`; x86-64-v2, and without the warnings of `Westmere`
+KVM_CPU = "host,migratable=on,-svm,-vmx"
+
+_OVERHEAD_MIB = 48  # measured, see memory_overhead_bytes
+_SMP_OVERHEAD_MIB = 4
+_GUARD = ("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
+_BARE = ("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot")
+
+
+@dataclass(frozen=True)
+class Descriptors:
+    """The numbers that QEMU finds its descriptors at; -1: not there."""
+
+    agent: int = 3
+    ram: int = 4
+    qmp: int = 5
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One microVM, as QEMU is told of it. Paths are as QEMU sees them, in its jail."""
+
+    binary: str
+    accel: str  # tcg, kvm
+    cpu: str
+    memory_mib: int
+    cpus: int = 1
+    tb_size_mib: int = 32  # of translated code, TCG only; QEMU's own default is up to 1 GiB
+    tsc_khz: int = 0  # the host's, measured; 0 (KVM): the guest finds out
+    vmlinux: str = ""  # boots only
+    initramfs: str = ""
+    incoming: bool = False  # wait for a saved state
+    share: bool = False  # a template: what it writes to its memory is seen by the memfd's other users
+    firmware: str = ""  # empty: QEMU's own for this machine
+    kernel_arguments: tuple[str, ...] = ()  # further ones
+    sandbox: bool = True  # QEMU's own system call filter: only off where ``features.Qemu`` says that it has none
+    descriptors: Descriptors = field(default=Descriptors())
+
+
+def microvm_argv(m: Machine) -> tuple[str, ...]:
+    """The command line of a microVM. It starts stopped: a boot waits for ``cont``, a clone for its state."""
+    return (
+        m.binary,
+        *("-machine", _microvm(m)),
+        *("-accel", _accel(m.accel, m.cpus, m.tb_size_mib)),
+        *("-cpu", m.cpu),
+        *("-smp", str(m.cpus)),
+        *("-m", f"{m.memory_mib}M"),
+        *("-object", _ram(m)),
+        *_BARE,
+        *(_GUARD if m.sandbox else ()),
+        *("-global", "migration.send-configuration=off"),  # else a state saved with other capabilities is refused
+        *_monitor(m.descriptors.qmp),
+        *_console(),
+        *_agent_port("virtio-serial-device", m.descriptors.agent),
+        *(word for id, read_only in DISKS for word in _placeholder(id, read_only)),
+        *_late_network("virtio-net-device"),
+        *("-device", "virtio-rng-device"),
+        *(("-incoming", "defer") if m.incoming else _boot(m)),
+    )
+
+
+def kernel_arguments(m: Machine) -> str:
+    """The kernel's command line (Documentation/admin-guide/kernel-parameters.txt).
+
+    Under TCG there is nothing to calibrate a clock against: without ``tsc_early_khz`` the boot hangs, and with a
+    wrong one the guest's clock runs wrong, for RDTSC is the host's. ``reboot=t``: a triple fault, which
+    ``-no-reboot`` turns into QEMU's end. ``mitigations=off`` only under TCG: translated code does not speculate as
+    the guest's kernel fears.
+    """
+    tsc = (f"tsc_early_khz={m.tsc_khz}", "lpj=4000000") if m.tsc_khz else ()
+    tcg = ("mitigations=off", "nowatchdog", "rcupdate.rcu_cpu_stall_suppress=1") if m.accel == "tcg" else ()
+    common = ("console=ttyS0", "quiet", "panic=-1", "reboot=t", "no_timer_check")
+    return " ".join((*common, *tsc, *tcg, *m.kernel_arguments))
+
+
+def memory_overhead_bytes(m: Machine) -> int:
+    """What a machine's control group gets on top of the guest's memory.
+
+    Translated code, and what QEMU itself was measured to need beside it: 22 MiB of anonymous memory restored, 29
+    exercised, some of it translated code already (docs of experiments with 7.2), with a margin, because a machine
+    over its limit is killed whole. Each further processor has a thread with its stack and tables.
+    """
+    code = m.tb_size_mib if m.accel == "tcg" else 0
+    return (_OVERHEAD_MIB + _SMP_OVERHEAD_MIB * (m.cpus - 1) + code) << 20
+
+
+def template_key(m: Machine, guest_key: str, qemu_identity: str) -> str:
+    """What a template may be used for: machines of which everything that its state depends on is the same.
+
+    ``guest_key``: kernel and initramfs by content; ``qemu_identity``: see ``features.Qemu``. Which descriptors and
+    paths a process has does not matter.
+    """
+    bare = replace(m, incoming=True, share=False, vmlinux="", initramfs="", descriptors=Descriptors())
+    parts = {
+        "version": TEMPLATE_VERSION,
+        "argv": microvm_argv(bare),
+        "kernel": kernel_arguments(m),
+        "guest": guest_key,
+        "qemu": qemu_identity,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+# parts
+
+
+def _microvm(m: Machine) -> str:
+    """acpi=on: Debian's cloud kernel knows no virtio-mmio devices of its command line, but of ACPI's tables."""
+    options = "acpi=on,isa-serial=on,rtc=on,pit=on,pic=on,pcie=off,usb=off,mem-merge=off,dump-guest-core=off"
+    firmware = f",firmware={_escaped(m.firmware)}" if m.firmware else ""
+    return f"microvm,{options}{firmware},memory-backend=ram"
+
+
+def _accel(kind: str, cpus: int, tb_size_mib: int) -> str:
+    if kind != "tcg":
+        return kind
+    return f"tcg,thread={'multi' if cpus > 1 else 'single'},tb-size={tb_size_mib}"
+
+
+def _ram(m: Machine) -> str:
+    share = "on" if m.share else "off"
+    path = f"/proc/self/fd/{m.descriptors.ram}"  # opened anew by QEMU: a sealed memfd can be mapped privately
+    return f"memory-backend-file,id=ram,size={m.memory_mib}M,mem-path={path},share={share},merge=off,dump=off"
+
+
+def _monitor(fd: int) -> tuple[str, ...]:
+    return ("-chardev", f"socket,id=qmp,fd={fd}", "-mon", "chardev=qmp,mode=control")
+
+
+def _console() -> tuple[str, ...]:
+    return ("-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console")
+
+
+def _agent_port(controller: str, fd: int) -> tuple[str, ...]:
+    return (
+        *("-device", f"{controller},id=serial0,max_ports=2"),
+        *("-chardev", f"socket,id=agent,fd={fd}"),
+        *("-device", f"virtserialport,bus=serial0.0,nr=1,chardev=agent,id=port1,name={AGENT_PORT}"),
+    )
+
+
+def placeholder(device_id: str) -> str:
+    """The name of the node that stands for no disk at ``device_id``."""
+    return f"no-{device_id}"
+
+
+def _placeholder(device_id: str, read_only: bool) -> tuple[str, ...]:
+    node = placeholder(device_id)
+    mode = ",read-only=on" if read_only else ""
+    return (
+        *("-blockdev", f"driver=null-co,node-name={node},size={PLACEHOLDER_BYTES},read-zeroes=on{mode}"),
+        *("-device", f"virtio-blk-device,id={device_id},drive={node},serial={device_id}"),
+    )
+
+
+def _late_network(card: str) -> tuple[str, ...]:
+    """A network card at a hub to which a tap is plugged once the machine is somebody's."""
+    return (
+        *("-netdev", "hubport,id=hub0,hubid=0"),
+        *("-device", f"{card},id={NIC},netdev=hub0,mac={NIC_MAC}"),
+    )
+
+
+def _boot(m: Machine) -> tuple[str, ...]:
+    if not m.vmlinux:
+        return ("-S",)
+    return (
+        "-S",
+        *("-kernel", m.vmlinux),
+        *(("-initrd", m.initramfs) if m.initramfs else ()),
+        *("-append", kernel_arguments(m)),
+    )
+
+
+def _escaped(value: str) -> str:
+    """A comma ends a QEMU option's value and is doubled to be part of it."""
+    return value.replace(",", ",,")
