@@ -101,7 +101,8 @@ def load(qmp: Qmp, number: int, d: Deadline) -> None:
     """Read a saved state from QEMU's own descriptor ``number``; the machine is stopped then, as it was when saved.
 
     It is read from where its offset is, so each clone needs it opened anew: a duplicate shares the offset with the
-    clones that read at the same time. A state that does not fit ends QEMU, whose words say why.
+    clones that read at the same time. What is no state ends QEMU, whose words say why; a state of a machine with fewer
+    processors or other memory is taken without a word, so nothing but the key of a template keeps these apart.
     """
     _capabilities(qmp, d)
     qmp.execute("migrate-incoming", {"uri": f"fd:{number}"}, d)
