@@ -37,12 +37,14 @@ static void rebuild(Buf *b, Span body, const char *rest, const Proc *spawned, in
     uint8_t tag;
     Span value;
     while (field_next(&body, &tag, &value))
-        if (tag != T_TO && !(spawned && tag == T_FLAGS))
+        if (tag != T_TO && !(spawned && (tag == T_FLAGS || tag == T_STREAM)))
             put_bytes(b, tag, value.p, value.n);
     if (*rest)
         put_text(b, T_TO, rest);
     if (spawned)
         put_int(b, T_FLAGS, flags);
+    if (spawned && spawned->number && !spawned->up)
+        put_int(b, T_STREAM, spawned->number);
 }
 
 static void remember(Proc *guest, Peer *who, uint32_t id, Proc *spawned)
@@ -71,7 +73,7 @@ bool forward(Proc *guest, const char *rest, const Frame *f, Peer *who, uint32_t 
     Frame out = *f;
     out.id = last_id;
     out.body = buf_span(&body);
-    peer_send(guest->control, &out);
+    guest_send(guest, &out);
     buf_free(&body);
     return true;
 }
@@ -79,7 +81,7 @@ bool forward(Proc *guest, const char *rest, const Frame *f, Peer *who, uint32_t 
 static bool spawn_reply(Proc *p, Frame *f)
 {
     Failure failure;
-    bool wanted = f->kind == K_OK && p->flags & F_TTY && !(p->flags & F_CONTROL);
+    bool wanted = f->kind == K_OK && p->flags & F_TTY && !(p->flags & F_CONTROL) && !p->guest->serial;
     int64_t pid = field_int(f->body, T_PID, 0);
     if (f->nfds != (wanted ? 1 : 0))
         return false;
@@ -94,7 +96,7 @@ static bool spawn_reply(Proc *p, Frame *f)
     if (wanted) {
         int fd = f->fds[0];
         f->fds[0] = -1;
-        if (!node.keeper) {
+        if (!node.holds) {
             p->master = fd;
         } else if (!stream_set_master(p, fd)) {
             failure_set(&failure, "guest", ENOTTY, 0, "what the guest sent is no terminal");

@@ -8,15 +8,35 @@
 static void guest_frame(Peer *peer, Frame *f);
 static void guest_gone(Peer *peer);
 
-static const PeerOps guest_ops = {guest_frame, guest_gone, NULL};
+static void guest_drained(Peer *peer) { serial_drained(peer); }
+
+static const PeerOps guest_ops = {guest_frame, guest_gone, guest_drained};
 
 void guest_open(Proc *p, int fd)
 {
     p->control = peer_new(fd, PEER_GUEST, &guest_ops);
     p->control->proc = p;
+    if (p->serial)
+        p->control->passes_fds = false;
+}
+
+void guest_send(Proc *g, Frame *f)
+{
+    if (!g->control)
+        return;
+    park_spoke(g);
+    peer_send(g->control, f);
 }
 
 void guest_kill(Proc *p) { proc_kill(p, SIGKILL, SCOPE_PROCESS); }
+
+void guest_leave(Proc *p)
+{
+    if (p->grace_ms)
+        p->kill_by_ms = ticks_ms() + p->grace_ms;
+    else
+        guest_kill(p);
+}
 
 /* No way to it any more: it must not go on without us. What it held is settled when it has been reaped. */
 static void guest_gone(Peer *peer)
@@ -54,8 +74,24 @@ static bool guest_exited(Proc *g, const Frame *f)
     return true;
 }
 
+static bool serial_says(Proc *g, Frame *f)
+{
+    if (!g->greeted)
+        return serial_greet(g, f);
+    if (park_answer(g, f))
+        return true;
+    park_spoke(g);
+    if (wire_raw(f->kind))
+        return serial_from_guest(g, f);
+    if (f->kind == K_OK || f->kind == K_ERROR)
+        return forward_reply(g, f);
+    return f->kind == K_EXITED && guest_exited(g, f);
+}
+
 static bool guest_says(Proc *g, Frame *f)
 {
+    if (g->serial)
+        return serial_says(g, f);
     if (f->kind == K_HELLO)
         return greet(g, f);
     if (!g->greeted)
@@ -76,8 +112,10 @@ static void guest_frame(Peer *peer, Frame *f)
 void guest_ended(Proc *g)
 {
     Failure f;
-    for (int i = 0; i < 64 && g->control && peer_read(g->control); i++)
+    for (int i = 0; i < 4096 && g->control && peer_read(g->control); i++)
         ;
+    if (node.keeper && g->tail)
+        log_tail(g->tail, g->tail_len);
     if (g->control)
         peer_close(g->control);
     forward_guest_gone(g);

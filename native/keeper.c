@@ -24,12 +24,13 @@ typedef struct {
     const char *dir;
     int64_t log_bytes;
     int log_files;
+    int64_t idle_s;
     bool hybrid;
 } Options;
 
 static void usage(void)
 {
-    dprintf(2, "usage: isolat-keeper DIR [--log-bytes N] [--log-files N] [--hybrid] (a controller on descriptor 0)\n");
+    dprintf(2, "usage: isolat-keeper DIR [--log-bytes N] [--log-files N] [--idle-s N] [--hybrid] (a controller on descriptor 0)\n");
     exit(EXIT_USAGE);
 }
 
@@ -44,7 +45,7 @@ static long long positive(const char *text)
 
 static Options options(char **argv)
 {
-    Options o = {NULL, 10 << 20, 3, false};
+    Options o = {NULL, 10 << 20, 3, 0, false};
     for (char **a = argv + 1; *a; a++) {
         if (!strcmp(*a, "--hybrid"))
             o.hybrid = true;
@@ -52,6 +53,8 @@ static Options options(char **argv)
             o.log_bytes = positive(*++a);
         else if (!strcmp(*a, "--log-files"))
             o.log_files = (int)positive(*++a);
+        else if (!strcmp(*a, "--idle-s"))
+            o.idle_s = positive(*++a);
         else if (**a == '-' || o.dir)
             usage();
         else
@@ -152,7 +155,9 @@ int main(int argc, char **argv)
     if (fd < 0 || (node.dir = move_high(fd)) < 0 || fchdir(node.dir))
         die(o.dir);
     node.role = "keeper";
-    node.keeper = true;
+    node.keeper = node.holds = true;
+    if (o.idle_s)
+        node.idle_ms = o.idle_s * 1000;
     setsid();
     take_lock();
     prctl(PR_SET_CHILD_SUBREAPER, 1);

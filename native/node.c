@@ -12,15 +12,39 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-enum { IDLE_MS = 60000, RETRY_MS = 20 };
+enum { IDLE_MS = 60000, RETRY_MS = 20, AWAY_MS = 100 };
 
-Node node = {.dir = -1, .home_mounts = -1};
+Node node = {.dir = -1, .home_mounts = -1, .idle_ms = IDLE_MS};
 static Source children;
 
 static void controller_gone(Peer *p);
-static const PeerOps controller_ops = {request_handle, controller_gone, NULL};
+static void controller_drained(Peer *p);
+static const PeerOps controller_ops = {request_handle, controller_gone, controller_drained};
+
+static void controller_drained(Peer *p) { serial_drained(p); }
 
 Peer *controller_new(int fd) { return peer_new(fd, PEER_CONTROLLER, &controller_ops); }
+
+Peer *controller_new_serial(int fd)
+{
+    Peer *p = controller_new(fd);
+    p->device = !p->passes_fds;
+    p->passes_fds = false;
+    return p;
+}
+
+/* A port whose other end is closed is not watched: it would report nothing but that. */
+static void look_again(int *timeout_ms)
+{
+    for (Peer *p = peers; p; p = p->next)
+        if (p->device && !p->source.events) {
+            source_watch(&p->source, EPOLLIN);
+            peer_read(p);
+            if (!p->source.events)
+                *timeout_ms = AWAY_MS;
+            return;
+        }
+}
 
 static void controller_gone(Peer *p)
 {
@@ -158,7 +182,7 @@ static void keeper_turn(int64_t now_ms, int *timeout_ms)
         if (!clients_closing())
             node_quit(NULL, 0);
     } else if (!node.main_spawned) {
-        int64_t left = node.idle_since_ms + IDLE_MS - now_ms;
+        int64_t left = node.idle_since_ms + node.idle_ms - now_ms;
         if (left <= 0)
             node_quit(NULL, 0);
         else if (*timeout_ms < 0 || left < *timeout_ms)
@@ -172,6 +196,7 @@ void node_run(void)
         int timeout = -1;
         int64_t now = ticks_ms();
         proc_tick(now, &timeout);
+        look_again(&timeout);
         if (node.keeper && !node.quitting)
             keeper_turn(now, &timeout);
         if (node.quitting)

@@ -6,7 +6,8 @@
 #include "spawn.h"
 
 enum { PROCS_MAX = 1024, CONTROLLERS_MAX = 16, CLIENTS_MAX = 256, WAITERS_MAX = 4 };
-enum { TAIL_BYTES = 2048, GUEST_LOG_BYTES = 64 << 10 };
+enum { TAIL_BYTES = 4096, GUEST_LOG_BYTES = 64 << 10 };
+enum { SERIAL_CREDIT = 256 << 10, SERIAL_RESERVE = 64 << 10, SERIAL_QUEUE = 1 << 20, HELD_MAX = 16 };
 enum { GRACE_MS = 2000 };
 
 typedef enum {
@@ -55,15 +56,32 @@ struct Proc {
     Buf leftover; /* what clients that left had sent */
     char *tail;   /* a launcher's or a guest's last words, while it starts */
     size_t tail_len, guest_logged;
+    /* streams that travel as frames of a serial channel: to a guest (keeper), or from our controller (agent) */
+    uint32_t number;    /* 0: they don't */
+    uint32_t up;        /* the agent's controller, by its serial */
+    bool input_closed;  /* it takes no more */
+    size_t may_send[3]; /* stdin at the keeper, output at the agent */
+    size_t may_come[3]; /* the other way */
+    size_t owed[3];     /* written, but no credit given for it yet */
+    /* of a guest */
+    bool serial;        /* its channel has no descriptors, and it greets when asked */
+    int64_t spoke_ms, park_ms, park_wait_ms;
+    uint8_t parked;     /* Parking */
+    int64_t grace_ms, kill_by_ms; /* for its own end after MAIN's; 0: none */
 };
+
+enum Parking { AWAKE, ASKED, PARKED };
 
 typedef struct {
     const char *role;
-    bool keeper;         /* holds streams, clients and logs; the init passes descriptors on instead */
+    bool keeper;         /* has clients, writes logs and the exit record */
+    bool holds;          /* streams end here: keeper and agent. The init passes descriptors on instead */
     bool pid1;
     bool quitting, done; /* done: leave the main loop */
     int64_t quit_by_ms, idle_since_ms;
     Waiter quitter;
+    bool (*on_machine)(Peer *who, Frame *f); /* the agent's: RESUME, SETTLE, IDLE; false: not for it */
+    int64_t idle_ms;     /* how long a keeper stays without MAIN and without a controller */
     int dir;             /* the keeper's DIR, else -1 */
     int home_mounts;     /* the mount namespace that the keeper came from, else -1 */
     bool sweeping;       /* orphans of a dead guest are being killed */
@@ -82,6 +100,7 @@ bool launching(void);
 bool signal_strays(int signal, bool all_children);
 void kill_all(int signal, bool guests);
 Peer *controller_new(int fd);
+Peer *controller_new_serial(int fd);
 
 /* proc.c: the table, and the life of a process */
 Proc *proc_find(const char *name);
@@ -107,6 +126,11 @@ void stream_input(Proc *p, int fd);
 void stream_watch(Proc *p);
 void stream_drain(Proc *p); /* what is there now, then close */
 void stream_close(Proc *p);
+void stream_deliver(Proc *p, int stream, const uint8_t *data, size_t n); /* to log and clients */
+void stream_told_eof(Proc *p, int stream);
+bool stream_held_back(const Proc *p);
+void stream_write(Proc *p);          /* what there is of stdin */
+void stream_discard(Proc *p);
 bool stream_set_master(Proc *p, int fd);
 void client_attach(Proc *p, int fd, bool with_stdin);
 void client_started(Proc *p);
@@ -115,7 +139,38 @@ void client_handle(Peer *c, Frame *f);
 void client_tell_exit(Proc *p);
 void client_tell_failure(Proc *p, Buf *body);
 
+/* serial.c */
+void serial_open_guest(Proc *g);                       /* greet what will speak sooner or later */
+bool serial_greet(Proc *g, const Frame *f);
+void serial_started_remote(Proc *p);                   /* its streams are frames from now on */
+void serial_started_local(Proc *p, Peer *up, uint32_t number);
+bool serial_from_guest(Proc *g, const Frame *f);       /* false: a breach */
+void serial_from_controller(Peer *up, const Frame *f);
+size_t serial_room(const Proc *p, int stream);         /* how much of an output may be read now */
+void serial_deliver(Proc *p, int stream, const uint8_t *data, size_t n);
+void serial_eof(Proc *p, int stream);
+bool serial_input(Proc *p, Span data, size_t *taken);  /* keeper: towards the guest */
+void serial_input_eof(Proc *p);
+void serial_acknowledge(Proc *p);                      /* keeper: credit for what clients have taken */
+void serial_written(Proc *p, size_t n);                /* agent: the same for stdin */
+void serial_drained(const Peer *channel);
+void serial_ended(Proc *p);
+
+/* park.c: a machine in which nothing will happen by itself is stopped until somebody says something */
+void park_spoke(Proc *g);                              /* before every frame to it, and after one from it */
+bool park_answer(Proc *g, const Frame *f);             /* true: it was for us */
+void park_woken(Proc *g);
+void park_tick(int64_t now_ms, int *timeout_ms);
+
+/* hold.c: descriptors kept by name */
+void hold(Peer *who, Frame *f);
+void fetch(Peer *who, const Frame *f);
+void drop(Peer *who, const Frame *f);
+int held_fd(const char *name);                         /* -1: none; it stays ours */
+
 /* guest.c */
+void guest_send(Proc *g, Frame *f);
+void guest_leave(Proc *p); /* MAIN has ended: it goes, at once or in its grace */
 void guest_open(Proc *p, int fd);
 void guest_kill(Proc *p);
 void guest_ended(Proc *p);
@@ -144,5 +199,6 @@ void log_open(int64_t bytes, int files);
 void log_write(int stream, const void *p, size_t n);
 void log_guest(const void *p, size_t n);
 void log_exit(const Proc *p);
+void log_tail(const void *p, size_t n); /* a guest's last words */
 
 #endif

@@ -303,7 +303,7 @@ static size_t wanted(const Peer *p)
 {
     Span have = buf_span(&p->in);
     if (have.n < HEADER_BYTES)
-        return 4096;
+        return p->passes_fds ? 4096 : MAX_DATA + HEADER_BYTES + 1;
     return HEADER_BYTES + get_u32(have.p) - have.n; /* one_frame() checked the length before it left it here */
 }
 
@@ -315,6 +315,10 @@ bool peer_read(Peer *p)
     ssize_t n = receive(p, into, p->in.cap - p->in.len);
     if (n < 0 && would_block())
         return false;
+    if (n == 0 && p->device) {
+        source_watch(&p->source, 0); /* HUP is reported for as long as nobody is there: the node looks again later */
+        return false;
+    }
     if (n <= 0) {
         peer_close(p);
         return false;

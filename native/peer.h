@@ -25,6 +25,7 @@ struct Peer {
     uint32_t serial; /* names it in what may outlive it */
     uint8_t kind;
     bool passes_fds;
+    bool device; /* a port: nothing to read may mean that nobody is at its other end */
     bool closing; /* ends when its queue is empty */
     bool broken;  /* can't be written to any more, but may have sent something */
     bool gone;

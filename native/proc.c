@@ -244,7 +244,7 @@ static bool terminal(Proc *p, Command *c, int rows, int cols)
     c->fds[0] = slave;
     c->fds[1] = fcntl(slave, F_DUPFD_CLOEXEC, 10);
     c->fds[2] = fcntl(slave, F_DUPFD_CLOEXEC, 10);
-    if (!node.keeper)
+    if (!node.holds)
         return true; /* it travels with the OK */
     int fd = p->master;
     p->master = -1;
@@ -256,13 +256,13 @@ static bool prepare(Proc *p, Command *c, int rows, int cols)
     int own = p->flags & F_FDS;
     if ((p->flags & F_CONTROL) && !control_channel(p, c->fds))
         return false;
-    if (!own && (p->flags & F_CONTROL || (p->flags & F_LAUNCHER && !node.keeper)))
+    if (!own && (p->flags & F_CONTROL || (p->flags & F_LAUNCHER && !node.holds)))
         return words_stream(p, c->fds);
     if (p->flags & F_LAUNCHER)
         p->tail = xalloc(TAIL_BYTES); /* its stderr is its process's: keep the end of it until that has started */
     if (p->flags & F_TTY)
         return terminal(p, c, rows, cols);
-    if (own || !node.keeper)
+    if (own || !node.holds)
         return true;
     return proc_streams(p, c->fds);
 }
@@ -274,7 +274,7 @@ bool proc_spawn(Proc *p, Command *c, int rows, int cols, Failure *f)
     if (prepare(p, c, rows, cols))
         pid = spawn(c, &result);
     int e = errno;
-    for (int i = 0; i < 4; i++)
+    for (int i = 0; i < CHILD_FDS; i++)
         close_fd(&c->fds[i]);
     if (pid < 0) {
         failure_set(f, "spawn", e, 0, "spawn: %s", strerror(e));
@@ -287,6 +287,8 @@ bool proc_spawn(Proc *p, Command *c, int rows, int cols, Failure *f)
         p->pid = pid;
     source_init(&p->result, result, result_ready);
     source_watch(&p->result, EPOLLIN);
+    if (p->serial)
+        serial_open_guest(p);
     stream_watch(p); /* a launcher's stderr has to be read while it starts */
     return true;
 }
@@ -408,8 +410,10 @@ void proc_exited(Proc *p, int code, int signal)
     /* MAIN's guest goes first: then nobody can write any more, and the streams can be read to their end. The same
        where the guest is gone. Elsewhere a background child may hold the stream open: take what is there. */
     if (p->flags & F_MAIN && p->guest)
-        guest_kill(p->guest);
-    if (p->remote && (p->flags & F_MAIN || !p->guest)) {
+        guest_leave(p->guest);
+    if (p->number && !p->up) {
+        serial_ended(p);
+    } else if (p->remote && (p->flags & F_MAIN || !p->guest)) {
         p->deadline_ms = ticks_ms() + GRACE_MS;
         stream_watch(p);
     } else {
@@ -452,20 +456,35 @@ void proc_kill(Proc *p, int signal, int scope)
     pid_t pid = p->pid > 0 ? p->pid : p->launcher;
     if (p->remote || pid <= 1 || p->early || (p->state != ALIVE && p->state != STARTING))
         return;
+    if (p->park_ms && (signal == SIGCONT || p->parked == PARKED))
+        park_woken(p); /* a signal to what is stopped would wait; SIGKILL would not, but then it is no longer parked */
+    if (p->serial && signal != SIGSTOP)
+        kill(pid, SIGCONT);
     kill(scope == SCOPE_PROCESS ? pid : -pid, signal);
+}
+
+static void at_most(int64_t left_ms, int *timeout_ms)
+{
+    if (*timeout_ms < 0 || left_ms < *timeout_ms)
+        *timeout_ms = (int)left_ms;
 }
 
 void proc_tick(int64_t now_ms, int *timeout_ms)
 {
     for (Proc *p = node.procs; p; p = p->next) {
-        if (p->state != DRAINING || !p->deadline_ms)
+        int64_t due = p->state == DRAINING ? p->deadline_ms : p->state == ALIVE ? p->kill_by_ms : 0;
+        if (!due)
             continue;
-        int64_t left = p->deadline_ms - now_ms;
-        if (left <= 0) {
+        if (due > now_ms) {
+            at_most(due - now_ms, timeout_ms);
+        } else if (p->state == ALIVE) {
+            p->kill_by_ms = 0;
+            guest_kill(p);
+        } else {
             stream_drain(p);
+            stream_close(p);
             proc_finish(p);
-        } else if (*timeout_ms < 0 || left < *timeout_ms) {
-            *timeout_ms = (int)left;
         }
     }
+    park_tick(now_ms, timeout_ms);
 }

@@ -6,8 +6,12 @@
 #include <fcntl.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sched.h>
 #include <sys/socket.h>
 #include <unistd.h>
+
+enum { DAY_MS = 86400000 };
+enum { SPACES = CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET };
 
 void put_failure(Buf *b, const Failure *f, const char *tail, size_t n)
 {
@@ -81,9 +85,27 @@ static void step(Peer *who, Frame *f)
     buf_free(&tail);
 }
 
+/* The child's 4, 5, … */
+static bool held_into(const Frame *f, Command *c, Failure *failure)
+{
+    char **names = field_list(f->body, T_HELD);
+    for (int i = 0; names[i]; i++) {
+        int fd = held_fd(names[i]);
+        if (HELD_FIRST + i >= CHILD_FDS || fd < 0 || (fd = fcntl(fd, F_DUPFD_CLOEXEC, 64)) < 0) {
+            failure_set(failure, "held", ENOENT, 0, "no descriptor \"%.100s\" is held", names[i]);
+            for (int n = 0; n < CHILD_FDS; n++)
+                close_fd(&c->fds[n]);
+            return false;
+        }
+        c->fds[HELD_FIRST + i] = fd;
+    }
+    return true;
+}
+
 static bool spawn_local(Proc *p, Frame *f, Failure *failure)
 {
-    Command c = {.fds = {-1, -1, -1, -1}};
+    Command c = {0};
+    memset(c.fds, -1, sizeof c.fds);
     c.argv = field_list(f->body, T_ARGV);
     c.env = field_list(f->body, T_ENV);
     c.cgroups = field_list(f->body, T_CGROUP);
@@ -91,7 +113,10 @@ static bool spawn_local(Proc *p, Frame *f, Failure *failure)
     c.user = field_text(f->body, T_USER);
     c.root = field_text(f->body, T_ROOT);
     /* An init is not killed with us but told by its channel's end: it has to kill what it holds first. */
-    c.orphan_dies = !(p->flags & (F_LAUNCHER | F_CONTROL));
+    c.orphan_dies = p->serial || !(p->flags & (F_LAUNCHER | F_CONTROL));
+    c.spaces = (int)field_int(f->body, T_SPACES, 0) & SPACES;
+    if (!held_into(f, &c, failure))
+        return false;
     if (p->flags & F_LAUNCHER)
         p->pidfile = strdup(field_text(f->body, T_PIDFILE));
     if (p->flags & F_FDS)
@@ -106,14 +131,16 @@ static bool spawn_local(Proc *p, Frame *f, Failure *failure)
 static bool spawn_remote(Proc *p, Frame *f, const char *to, Failure *failure)
 {
     const char *rest;
-    int flags = p->flags & ~(node.keeper ? F_LOG | F_MAIN : 0);
+    int flags = p->flags & ~(node.holds ? F_LOG | F_MAIN : 0);
     Proc *guest = forward_guest(to, &rest);
     p->remote = true;
     if (!guest) {
         failure_set(failure, "guest", ESRCH, 0, "no guest \"%.200s\" is there", to);
         return false;
     }
-    if (node.keeper && !(flags & (F_TTY | F_CONTROL | F_LAUNCHER | F_FDS))) {
+    if (guest->serial) {
+        serial_started_remote(p);
+    } else if (node.holds && !(flags & (F_TTY | F_CONTROL | F_LAUNCHER | F_FDS))) {
         f->fds[0] = f->fds[1] = f->fds[2] = -1;
         f->nfds = 3; /* whatever of them was made is closed with the frame */
         if (!proc_streams(p, f->fds)) {
@@ -135,7 +162,8 @@ static const char *spawn_refusal(const Frame *f, int flags)
     Span argv;
     if (!field_find(f->body, T_ARGV, &argv) || !argv.n)
         return "ARGV is missing";
-    if (flags & ~127 || f->nfds != (flags & F_FDS ? 3 : 0) || (flags & F_FDS && flags & F_TTY))
+    if (flags & ~255 || f->nfds != (flags & F_FDS ? 3 : 0) || (flags & F_FDS && flags & F_TTY) ||
+        (flags & F_SERIAL && (!(flags & F_CONTROL) || flags & F_LAUNCHER)))
         return "FLAGS and descriptors do not fit";
     if (flags & F_MAIN && node.main_spawned)
         return "there is a MAIN already";
@@ -153,6 +181,21 @@ static void spawn_again(Peer *who, uint32_t id, Proc *p)
     }
     put_int(&body, T_PID, p->pid);
     peer_reply(who, K_OK, id, &body);
+}
+
+static void spawn_options(Proc *p, Peer *who, const Frame *f)
+{
+    int64_t number = field_int(f->body, T_STREAM, 0);
+    p->serial = p->flags & F_SERIAL && !*field_text(f->body, T_TO);
+    p->park_ms = p->park_wait_ms = field_int(f->body, T_PARK, 0);
+    p->grace_ms = field_int(f->body, T_GRACE, 0);
+    p->spoke_ms = ticks_ms();
+    if (p->park_ms < 0 || p->park_ms > DAY_MS || !p->serial)
+        p->park_ms = 0;
+    if (p->grace_ms < 0 || p->grace_ms > DAY_MS)
+        p->grace_ms = 0;
+    if (who->kind == PEER_CONTROLLER && !who->passes_fds && number > 0 && number <= UINT32_MAX)
+        serial_started_local(p, who, (uint32_t)number);
 }
 
 static void spawn_request(Peer *who, Frame *f)
@@ -173,6 +216,7 @@ static void spawn_request(Peer *who, Frame *f)
         return;
     }
     p->flags = flags;
+    spawn_options(p, who, f);
     proc_wait_start(p, who, f->id);
     if (refusal)
         failure_set(&failure, "request", EINVAL, 0, "%s", refusal);
@@ -262,6 +306,20 @@ static void signal_request(Peer *who, Frame *f)
     }
 }
 
+/* The terminal is at the other end of a serial channel. */
+static void resize_far(Peer *who, const Frame *f, Proc *p)
+{
+    Buf body = {0};
+    Frame out = {.kind = K_RESIZE};
+    put_text(&body, T_KEY, strchr(p->name, '/') + 1);
+    put_int(&body, T_ROWS, field_int(f->body, T_ROWS, 0));
+    put_int(&body, T_COLS, field_int(f->body, T_COLS, 0));
+    out.body = buf_span(&body);
+    if (!p->guest || !forward(p->guest, "", &out, who, f->id, NULL, 0))
+        reply_error(who, f->id, "guest", EAGAIN, "too much is asked of this guest");
+    buf_free(&body);
+}
+
 static void resize_proc(Peer *who, const Frame *f, Proc *p)
 {
     int64_t rows = field_int(f->body, T_ROWS, 0), cols = field_int(f->body, T_COLS, 0);
@@ -270,6 +328,8 @@ static void resize_proc(Peer *who, const Frame *f, Proc *p)
         no_such_key(who, f->id);
     else if (p->state >= DRAINING)
         reply_ok(who, f->id);
+    else if (p->number && !p->up)
+        resize_far(who, f, p);
     else if (!(p->flags & F_TTY) || p->out[0].source.fd < 0 || ioctl(p->out[0].source.fd, TIOCSWINSZ, &size))
         reply_error(who, f->id, "request", ENOTTY, "this process has no terminal here");
     else
@@ -323,7 +383,7 @@ static void procs(Peer *who, const Frame *f)
         size_t mark = put_open(&body, T_PROC);
         put_text(&body, T_KEY, p->name);
         put_int(&body, T_PID, p->pid);
-        put_int(&body, T_STATE, p->state == ENDED);
+        put_int(&body, T_STATE, p->state == ENDED ? 1 : p->parked == PARKED ? 2 : 0);
         put_int(&body, T_CODE, p->state == ENDED ? p->code : 0);
         put_int(&body, T_SIGNAL, p->state == ENDED ? p->signal : 0);
         put_int(&body, T_TIME, p->started_ns);
@@ -351,6 +411,12 @@ static void forget(Peer *who, Frame *f)
         reply_ok(who, f->id);
 }
 
+static void machine(Peer *who, Frame *f)
+{
+    if (!node.on_machine || !node.on_machine(who, f))
+        reply_error(who, f->id, "request", ENOSYS, "this is no machine");
+}
+
 static void serve(Peer *who, Frame *f)
 {
     const char *to = field_text(f->body, T_TO);
@@ -366,13 +432,21 @@ static void serve(Peer *who, Frame *f)
     case K_PROCS: procs(who, f); break;
     case K_FORGET: forget(who, f); break;
     case K_QUIT: node_quit(who, f->id); break;
+    case K_HOLD: hold(who, f); break;
+    case K_FETCH: fetch(who, f); break;
+    case K_DROP: drop(who, f); break;
+    case K_RESUME:
+    case K_SETTLE:
+    case K_IDLE: *to ? pass_on(who, f, to) : machine(who, f); break;
     default: reply_error(who, f->id, "request", ENOSYS, "unknown kind of request"); break;
     }
 }
 
 void request_handle(Peer *who, Frame *f)
 {
-    if (!f->id || f->kind >= K_OK) /* every request has a number; replies and streams are none */
+    if (f->id && wire_raw(f->kind) && !who->passes_fds)
+        serial_from_controller(who, f);
+    else if (!f->id || f->kind >= K_OK) /* every request has a number; replies and streams are none */
         peer_close(who);
     else
         serve(who, f);

@@ -5,12 +5,14 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <grp.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -99,22 +101,35 @@ void exec_command(char **argv, char **env, Failure *f)
     exec_failed(f, argv[0], exec_search(argv, env, path ? path : DEFAULT_PATH), true);
 }
 
-/* Every source above 9 first, so that none of them is overwritten before it has been moved. */
+/* Every source above 63 first, so that none of them is overwritten before it has been moved. */
 static bool place_fds(const Command *c)
 {
-    int from[4];
-    for (int i = 0; i < 4; i++) {
+    int from[CHILD_FDS], last = 2;
+    for (int i = 0; i < CHILD_FDS; i++) {
         from[i] = c->fds[i];
         if (from[i] < 0 && i < 3 && (from[i] = open("/dev/null", (i ? O_WRONLY : O_RDONLY) | O_CLOEXEC)) < 0)
             return false;
-        if (from[i] >= 0 && (from[i] = fcntl(from[i], F_DUPFD_CLOEXEC, 10)) < 0)
+        if (from[i] >= 0 && (from[i] = fcntl(from[i], F_DUPFD_CLOEXEC, 64)) < 0)
             return false;
     }
-    for (int i = 0; i < 4; i++)
-        if (from[i] >= 0 && dup2(from[i], i) < 0)
+    for (int i = 0; i < CHILD_FDS; i++)
+        if (from[i] >= 0 && dup2(from[i], last = i) < 0)
             return false;
-    syscall(SYS_close_range, c->fds[3] >= 0 ? 4 : 3, ~0U, CLOSE_RANGE_SETS_CLOEXEC);
+    syscall(SYS_close_range, last + 1, ~0U, CLOSE_RANGE_SETS_CLOEXEC);
     return true;
+}
+
+/* A new PID namespace needs a /proc of its own; in a mount namespace of its own nobody else sees it. */
+static bool own_proc(const Command *c, Failure *f)
+{
+    char at[4096];
+    if (!(c->spaces & CLONE_NEWPID) || !(c->spaces & CLONE_NEWNS))
+        return true;
+    if (snprintf(at, sizeof at, "%s/proc", c->root) < (int)sizeof at &&
+        !mount("proc", at, "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL))
+        return true;
+    failure_set(f, "proc", errno, 0, "proc: \"%.200s\": %s", at, strerror(errno));
+    return false;
 }
 
 static bool enter_place(const Command *c, Failure *f)
@@ -124,6 +139,8 @@ static bool enter_place(const Command *c, Failure *f)
             failure_set(f, "cgroup", errno, 0, "cgroup: \"%.200s\": %s", *g, strerror(errno));
             return false;
         }
+    if (*c->root && !own_proc(c, f))
+        return false;
     if (*c->root && (chroot(c->root) || chdir("/"))) {
         failure_set(f, "chroot", errno, 0, "chroot: \"%.200s\": %s", c->root, strerror(errno));
         return false;
@@ -188,8 +205,10 @@ static void child(const Command *c, pid_t parent, Failure *f)
         return failure_set(f, "tty", errno, 0, "tty: %s", strerror(errno));
     if (!enter_place(c, f) || !become(c, &u, f))
         return;
-    /* after setuid, which clears it; the parent may have died before */
-    if (c->orphan_dies && (prctl(PR_SET_PDEATHSIG, SIGKILL), getppid() != parent))
+    if (c->spaces && prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+        return failure_set(f, "spawn", errno, 0, "no_new_privs: %s", strerror(errno));
+    /* after setuid, which clears it; the parent may have died before. In a PID namespace of its own it has none. */
+    if (c->orphan_dies && (prctl(PR_SET_PDEATHSIG, SIGKILL), getppid() != (c->spaces & CLONE_NEWPID ? 0 : parent)))
         _exit(70);
     exec_command(c->argv, with_home(c->env, u.home), f);
 }
@@ -201,7 +220,7 @@ pid_t spawn(const Command *c, int *result)
     pid_t parent = getpid();
     if (pipe2(pipe_fds, O_CLOEXEC))
         return -1;
-    pid_t pid = fork();
+    pid_t pid = c->spaces ? (pid_t)syscall(SYS_clone, SIGCHLD | c->spaces, NULL, NULL, NULL, NULL) : fork();
     if (!pid) {
         int report = fcntl(pipe_fds[1], F_DUPFD_CLOEXEC, 10);
         signal(SIGPIPE, SIG_IGN);

@@ -4,11 +4,14 @@
 
 #include "base.h"
 
+enum { HELD_FIRST = 4, CHILD_FDS = 16 };
+
 typedef struct {
     char **argv, **env, **cgroups;
     const char *cwd, *user, *root;
     bool tty, orphan_dies; /* fds[0] is its controlling terminal; SIGKILL when we die */
-    int fds[4];            /* stdin, stdout, stderr, the control channel; -1: /dev/null, or none */
+    int spaces;            /* CLONE_NEW* of the namespaces that it starts in */
+    int fds[CHILD_FDS];    /* stdin, stdout, stderr, the control channel, what is held; -1: /dev/null, or none */
 } Command;
 
 /* What a child that could not be started writes into its CLOEXEC pipe. Smaller than PIPE_BUF: all or nothing. */

@@ -55,31 +55,43 @@ static void guest_words(Proc *p, const uint8_t *data, size_t n)
     log_guest(data, n);
 }
 
-static void deliver(Proc *p, int stream, size_t n)
+/* `data` has a free byte before it, for the frame's body. */
+void stream_deliver(Proc *p, int stream, const uint8_t *data, size_t n)
 {
     if (p->tail)
-        tail_add(p, scratch + 1, n);
+        tail_add(p, data, n);
     if (p->flags & F_CONTROL || p->tail)
-        guest_words(p, scratch + 1, n);
+        guest_words(p, data, n);
     if (p->flags & F_CONTROL)
         return;
+    if (p->up) {
+        serial_deliver(p, stream, data, n);
+        return;
+    }
     if (p->flags & F_LOG)
-        log_write(stream, scratch + 1, n);
-    Frame f = {.kind = K_DATA, .body = {scratch, n + 1}};
-    scratch[0] = (uint8_t)stream;
+        log_write(stream, data, n);
+    uint8_t *body = (uint8_t *)data - 1;
+    Frame f = {.kind = K_DATA, .body = {body, n + 1}};
+    body[0] = (uint8_t)stream;
     EACH_CLIENT(c, p)
         peer_send(c, &f);
+}
+
+void stream_told_eof(Proc *p, int stream)
+{
+    p->ended_streams |= 1 << stream;
+    if (p->up)
+        serial_eof(p, stream);
+    EACH_CLIENT(c, p)
+        send_eof(c, stream);
 }
 
 static void stream_ended(Stream *s)
 {
     Proc *p = s->proc;
     source_close(&s->source);
-    if (p->flags & F_CONTROL)
-        return;
-    p->ended_streams |= 1 << s->stream;
-    EACH_CLIENT(c, p)
-        send_eof(c, s->stream);
+    if (!(p->flags & F_CONTROL))
+        stream_told_eof(p, s->stream);
 }
 
 /* The guest may hold a copy of a pty's master and make it blocking: never read one that has nothing. */
@@ -92,16 +104,17 @@ static bool nothing_there(const Stream *s)
 /* One read. Positive: so many bytes; 0: end of file, closed; negative: nothing there now. */
 static ssize_t pump(Stream *s)
 {
-    if (nothing_there(s))
+    size_t room = s->proc->up ? serial_room(s->proc, s->stream) : MAX_DATA;
+    if (!room || nothing_there(s))
         return -1;
-    ssize_t n = read(s->source.fd, scratch + 1, MAX_DATA);
+    ssize_t n = read(s->source.fd, scratch + 1, room);
     if (n < 0 && (errno == EAGAIN || errno == EINTR))
         return -1;
     if (n <= 0) { /* a pty says EIO when its last slave is closed */
         stream_ended(s);
         return 0;
     }
-    deliver(s->proc, s->stream, (size_t)n);
+    stream_deliver(s->proc, s->stream, scratch + 1, (size_t)n);
     return n;
 }
 
@@ -111,7 +124,7 @@ static void output_ready(Source *source, uint32_t events)
     Proc *p = s->proc;
     (void)events;
     ssize_t n = pump(s);
-    if (n > 0 && p->flags & F_CONTROL && p->state == ALIVE && p->guest_logged >= GUEST_LOG_BYTES)
+    if (n > 0 && p->flags & F_CONTROL && !p->serial && p->state == ALIVE && p->guest_logged >= GUEST_LOG_BYTES)
         source_close(&s->source); /* its log is full: a talkative guest shall not cost us anything */
     if (n == 0)
         proc_finish(p);
@@ -120,7 +133,7 @@ static void output_ready(Source *source, uint32_t events)
 }
 
 /* Does a client hold this process back? At the end what is there is taken all the same, within the queue's bound. */
-static bool held_back(Proc *p)
+bool stream_held_back(const Proc *p)
 {
     size_t limit = p->state == DRAINING ? QUEUE_MAX - 4 * MAX_DATA : CLIENT_FULL;
     EACH_CLIENT(c, p)
@@ -131,10 +144,12 @@ static bool held_back(Proc *p)
 
 void stream_watch(Proc *p)
 {
-    uint32_t events = held_back(p) ? 0 : EPOLLIN;
+    bool held = stream_held_back(p);
     for (int i = 0; i < 2; i++)
         if (p->out[i].source.fd >= 0)
-            source_watch(&p->out[i].source, events);
+            source_watch(&p->out[i].source, held || (p->up && !serial_room(p, i + 1)) ? 0 : EPOLLIN);
+    if (p->number && !p->up)
+        serial_acknowledge(p);
 }
 
 void stream_output(Proc *p, int stream, int fd)
@@ -163,13 +178,25 @@ static void take_what_is_there(Stream *s)
         left -= n;
 }
 
+/* An ended process of the agent's with more in its (enlarged) pipe than there is credit for: it waits, but not for
+   ever. */
+static bool waits_for_credit(Proc *p, int i)
+{
+    int there = 0;
+    if (!p->up || serial_room(p, i + 1) || ioctl(p->out[i].source.fd, FIONREAD, &there) || !there)
+        return false;
+    if (!p->deadline_ms)
+        p->deadline_ms = ticks_ms() + GRACE_MS;
+    return p->deadline_ms > ticks_ms();
+}
+
 void stream_drain(Proc *p)
 {
     for (int i = 0; i < 2; i++)
         if (p->out[i].source.fd >= 0)
             take_what_is_there(&p->out[i]);
     for (int i = 0; i < 2; i++)
-        if (p->out[i].source.fd >= 0)
+        if (p->out[i].source.fd >= 0 && !waits_for_credit(p, i))
             stream_ended(&p->out[i]);
 }
 
@@ -212,7 +239,7 @@ static void give_credit(Peer *c, size_t n)
     peer_send(c, &f);
 }
 
-static void discard_input(Proc *p)
+void stream_discard(Proc *p)
 {
     buf_free(&p->leftover);
     EACH_CLIENT(c, p)
@@ -236,11 +263,49 @@ static Buf *next_input(Proc *p, Peer **owner)
     return NULL;
 }
 
-static void write_input(Proc *p)
+/* Stdin that travels as frames: to whoever is next. */
+static void send_input(Proc *p)
+{
+    Peer *owner;
+    Buf *b;
+    size_t n;
+    while (!p->input_closed && (b = next_input(p, &owner))) {
+        if (!serial_input(p, buf_span(b), &n))
+            return;
+        buf_take(b, n);
+        if (owner)
+            give_credit(owner, n);
+    }
+    if (p->stdin_eof && !p->input_closed)
+        serial_input_eof(p);
+}
+
+static bool input_open(const Proc *p)
+{
+    bool framed = p->number && !p->up;
+    return framed ? p->flags & F_STDIN && !p->input_closed && p->state == ALIVE : p->in.source.fd >= 0;
+}
+
+/* The agent's side of a process that has closed its stdin: what comes from now on is dropped, with credit for it. */
+static void refuse_input(Proc *p)
+{
+    size_t n = buf_size(&p->leftover);
+    p->input_closed = true;
+    buf_free(&p->leftover);
+    if (n)
+        serial_written(p, n);
+    serial_eof(p, 0);
+}
+
+void stream_write(Proc *p)
 {
     Source *in = &p->in.source;
     Peer *owner;
     Buf *b;
+    if (p->number && !p->up) {
+        send_input(p);
+        return;
+    }
     while (in->fd >= 0 && (b = next_input(p, &owner))) {
         size_t n = buf_size(b);
         ssize_t w = write(in->fd, b->p + b->at, n < MAX_DATA ? n : MAX_DATA);
@@ -250,12 +315,14 @@ static void write_input(Proc *p)
         }
         if (w < 0) { /* it has closed its stdin: the client must not hang on that */
             source_close(in);
-            discard_input(p);
+            p->up ? refuse_input(p) : stream_discard(p);
             return;
         }
         buf_take(b, (size_t)w);
         if (owner)
             give_credit(owner, (size_t)w);
+        else if (p->up)
+            serial_written(p, (size_t)w);
     }
     if (p->stdin_eof && !(p->flags & F_TTY))
         source_close(in);
@@ -266,7 +333,7 @@ static void write_input(Proc *p)
 static void input_ready(Source *s, uint32_t events)
 {
     (void)events;
-    write_input(((Stream *)s)->proc);
+    stream_write(((Stream *)s)->proc);
 }
 
 static void open_input(Peer *c, Proc *p)
@@ -293,8 +360,8 @@ void client_started(Proc *p)
 {
     EACH_CLIENT(c, p)
         open_input(c, p);
-    if (p->in.source.fd >= 0)
-        write_input(p);
+    if (input_open(p))
+        stream_write(p);
 }
 
 static void client_input(Peer *c, Span data)
@@ -305,12 +372,12 @@ static void client_input(Peer *c, Span data)
         return;
     }
     c->credit -= data.n;
-    if (p->in.source.fd < 0) {
+    if (!input_open(p)) {
         give_credit(c, data.n);
         return;
     }
     buf_add(&c->input, data.p, data.n);
-    write_input(p);
+    stream_write(p);
 }
 
 static void client_eof(Peer *c)
@@ -319,8 +386,8 @@ static void client_eof(Peer *c)
         return;
     c->stdin_eof = true;
     c->proc->stdin_eof = true;
-    if (c->proc->state >= ALIVE && c->proc->in.source.fd >= 0)
-        write_input(c->proc);
+    if (c->proc->state >= ALIVE && input_open(c->proc))
+        stream_write(c->proc);
 }
 
 static void client_stream(Peer *c, const Frame *f)
@@ -351,7 +418,7 @@ static void client_gone(Peer *c)
     Proc *p = c->proc;
     if (!p)
         return;
-    if (p->in.source.fd >= 0 && buf_size(&p->leftover) + buf_size(&c->input) <= LEFTOVER_MAX)
+    if (input_open(p) && buf_size(&p->leftover) + buf_size(&c->input) <= LEFTOVER_MAX)
         buf_add(&p->leftover, c->input.p + c->input.at, buf_size(&c->input));
     buf_free(&c->input);
     client_eof(c);

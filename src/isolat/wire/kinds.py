@@ -22,6 +22,12 @@ FORGET: Final = 8
 READ: Final = 9
 WRITE: Final = 10
 QUIT: Final = 11
+HOLD: Final = 12
+FETCH: Final = 13
+DROP: Final = 14
+RESUME: Final = 15
+SETTLE: Final = 16
+IDLE: Final = 17
 OK: Final = 32
 ERROR: Final = 33
 DATA: Final = 48
@@ -32,7 +38,8 @@ LOST: Final = 52
 
 KIND_NAMES: Final[dict[int, str]] = {
     HELLO: "HELLO", STEP: "STEP", SPAWN: "SPAWN", SIGNAL: "SIGNAL", RESIZE: "RESIZE", ADOPT: "ADOPT",
-    PROCS: "PROCS", FORGET: "FORGET", READ: "READ", WRITE: "WRITE", QUIT: "QUIT", OK: "OK", ERROR: "ERROR",
+    PROCS: "PROCS", FORGET: "FORGET", READ: "READ", WRITE: "WRITE", QUIT: "QUIT", HOLD: "HOLD",
+    FETCH: "FETCH", DROP: "DROP", RESUME: "RESUME", SETTLE: "SETTLE", IDLE: "IDLE", OK: "OK", ERROR: "ERROR",
     DATA: "DATA", EOF: "EOF", CREDIT: "CREDIT", EXITED: "EXITED", LOST: "LOST",
 }  # fmt: skip
 RAW_KINDS: Final = frozenset({DATA, EOF, CREDIT})
@@ -81,6 +88,12 @@ T_PIDFILE: Final = 40  # bytes
 T_ROOT: Final = 41  # bytes
 T_CGROUP: Final = 42  # bytes, repeats: files to write "0" to before the exec
 T_PROC: Final = 43  # nested
+T_STREAM: Final = 44  # int: the number of a process on a serial channel
+T_HELD: Final = 45  # text, repeats: held descriptors that become the child's 4, 5, …
+T_SPACES: Final = 46  # int: CLONE_NEW* of the namespaces that the child starts in
+T_PARK: Final = 47  # int, ms
+T_GRACE: Final = 48  # int, ms
+T_HOST: Final = 49  # text
 
 # flags of SPAWN
 F_TTY: Final = 1
@@ -90,6 +103,7 @@ F_LAUNCHER: Final = 8
 F_LOG: Final = 16
 F_MAIN: Final = 32
 F_FDS: Final = 64
+F_SERIAL: Final = 128
 # flags of WRITE
 F_TRUNCATE: Final = 1
 

@@ -1,0 +1,97 @@
+/* Descriptors kept by name: for a process that is to get them, and for the next daemon. */
+#include "node.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+typedef struct {
+    char name[32];
+    int fd;
+} Held;
+
+static Held held[HELD_MAX];
+
+static Held *find(const char *name)
+{
+    for (int i = 0; i < HELD_MAX; i++)
+        if (held[i].name[0] && !strcmp(held[i].name, name))
+            return &held[i];
+    return NULL;
+}
+
+static Held *room(const char *name)
+{
+    Held *h = find(name);
+    for (int i = 0; !h && i < HELD_MAX; i++)
+        if (!held[i].name[0])
+            h = &held[i];
+    return h;
+}
+
+int held_fd(const char *name)
+{
+    Held *h = find(name);
+    return h ? h->fd : -1;
+}
+
+static bool keep(const char *name, int *fd)
+{
+    Held *h = room(name);
+    if (!h || !*name || strlen(name) >= sizeof h->name)
+        return false;
+    if (h->name[0])
+        close(h->fd);
+    strcpy(h->name, name);
+    h->fd = move_high(*fd);
+    *fd = -1;
+    if (h->fd < 0)
+        h->name[0] = 0;
+    return h->fd >= 0;
+}
+
+void hold(Peer *who, Frame *f)
+{
+    char **names = field_list(f->body, T_KEY);
+    int n = 0;
+    while (names[n])
+        n++;
+    if (!node.keeper || !n || n != f->nfds) {
+        reply_error(who, f->id, "request", EINVAL, "HOLD needs as many descriptors as names");
+        return;
+    }
+    for (int i = 0; i < n; i++)
+        if (!keep(names[i], &f->fds[i])) {
+            reply_error(who, f->id, "key", ENOSPC, "this descriptor can't be held");
+            return;
+        }
+    reply_ok(who, f->id);
+}
+
+void fetch(Peer *who, const Frame *f)
+{
+    int fd = held_fd(field_text(f->body, T_KEY));
+    Frame out = {.kind = K_OK, .id = f->id, .nfds = 1, .fds = {fd}};
+    if (fd < 0) {
+        reply_error(who, f->id, "key", ENOENT, "no descriptor of this name is held");
+        return;
+    }
+    for (Proc *g = node.procs; g; g = g->next) /* whoever wants something of a machine wants it awake */
+        if (g->name && g->serial && g->state == ALIVE)
+            park_spoke(g);
+    peer_send(who, &out);
+}
+
+void drop(Peer *who, const Frame *f)
+{
+    for (char **name = field_list(f->body, T_KEY); *name; name++) {
+        Held *h = find(*name);
+        if (!h)
+            continue;
+        close(h->fd);
+        h->name[0] = 0;
+    }
+    reply_ok(who, f->id);
+}

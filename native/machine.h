@@ -1,0 +1,13 @@
+/* What only the agent of a machine does. */
+#ifndef ISOLAT_MACHINE_H
+#define ISOLAT_MACHINE_H
+
+#include "node.h"
+
+int boot_as_pid1(void);       /* from the initramfs to a root of our own; the port's descriptor */
+int boot_service_port(void);  /* the port, in a whole operating system; dies where there is none */
+bool machine_request(Peer *who, Frame *f); /* RESUME, SETTLE, IDLE */
+int64_t idle_ms(void);        /* until something in here runs by itself; 0: now, -1: never */
+int print_tsc_khz(void);
+
+#endif
