@@ -362,6 +362,25 @@ def test_qemu_runs_in_the_jail_without_any_right(jailed: tuple[Path, Path], temp
         assert not Path(f"/proc/{running.pid}/root/etc").exists()
 
 
+def test_a_machine_outlives_its_jail(jailed: tuple[Path, Path], template: tuple[int, int]) -> None:
+    """As when a daemon ends and the next one makes the jail anew, with the unmounting seen by the machine."""
+    root, guest = jailed
+    jail.remove(root)
+    mounts.share(str(root.parent))
+    try:
+        jail.ensure(root, guest)
+        with cloned(template, root=str(root)) as running, disk() as (image, _):
+            jail.remove(root)
+            dialogue.load(running.qmp, 6, d())
+            dialogue.swap_disk(running.qmp, "vda", "image", image, True, d())
+            dialogue.cont(running.qmp, d())
+            jail.ensure(root, guest)
+            assert dialogue.status(running.qmp, d()) == "running"
+    finally:
+        jail.remove(root)
+        mounts.umount(str(root.parent), mounts.MNT_DETACH)
+
+
 def test_a_jailed_qemu_reads_its_kernel_from_the_guests_files(jailed: tuple[Path, Path], ram: int) -> None:
     """What is there is no kernel, and QEMU has looked at it: it says so."""
     root, guest = jailed

@@ -10,7 +10,6 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import TracebackType
 
 from isolat.deadline import Deadline
@@ -30,11 +29,6 @@ def memory(mib: int) -> int:
 
 def seal(fd: int) -> None:
     fcntl.fcntl(fd, _F_ADD_SEALS, _SEALS)
-
-
-@dataclass
-class Times:
-    qmp_s: float = 0.0
 
 
 class Running:
@@ -64,7 +58,7 @@ class Running:
             error.add_note(self.words())
             self.close()
             raise
-        self.times = Times(time.monotonic() - start)
+        self.qmp_s = time.monotonic() - start  # from the start until the monitor answers
 
     def words(self) -> str:
         self._words.seek(0)
@@ -116,6 +110,6 @@ def _jailed(jail: str, uid: int) -> list[str]:
     """unshare(1): new namespaces, the jail as the root, /proc in it, a user without rights."""
     if not jail:
         return []
-    spaces = ["--mount", "--pid", "--net", "--ipc", "--uts", "--fork", "--kill-child"]
+    spaces = ["--mount", "--propagation", "slave", "--pid", "--net", "--ipc", "--uts", "--fork", "--kill-child"]
     user = ["--setuid", str(uid), "--setgid", str(uid)]
     return ["unshare", *spaces, f"--root={jail}", "--mount-proc=/proc", *user]

@@ -51,14 +51,17 @@ def ensure(path: Path, guest_dir: Path, *, kvm: bool = False) -> None:
 
 
 def remove(path: Path) -> None:
-    """Take it away. Machines that run in it keep it until they end; what is not there is fine."""
+    """Take it away. What is not there is fine.
+
+    A machine that runs in it may lose sight of its files (the unmounting reaches its mount namespace) and does not
+    need them any more: tried with disks swapped and a state saved after that.
+    """
     if not path.exists():
         return
     with _lock(path):
         _unmount(path)
         with contextlib.suppress(OSError):
             path.rmdir()
-    _lock_file(path).unlink(missing_ok=True)
 
 
 def _is_ready(path: Path, guest_dir: Path, kvm: bool) -> bool:
@@ -141,13 +144,10 @@ def _unmount(path: Path) -> None:
         mounts.umount_below(str(path))
 
 
-def _lock_file(path: Path) -> Path:
-    return path.with_name(f".{path.name}.lock")
-
-
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    descriptor = os.open(_lock_file(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    """One maker at a time: flock(2) of the directory above, which needs no file of its own."""
+    descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
