@@ -29,11 +29,15 @@ class Short:
     _words: IO[bytes]
 
     def words(self) -> str:
-        """The last lines of what it and its guest have said, as one."""
+        """The last lines of what it and its guest's init have said, as one; of the kernel's own only why it gave up."""
         end = os.fstat(self._words.fileno()).st_size
         text = os.pread(self._words.fileno(), _WORDS_BYTES, max(0, end - _WORDS_BYTES))
         lines = (line.strip() for line in text.decode(errors="replace").splitlines())
-        return "; ".join([line for line in lines if line and "warning:" not in line][-_WORDS_LINES:])
+        return "; ".join([line for line in lines if _says_why(line)][-_WORDS_LINES:])
+
+
+def _says_why(line: str) -> bool:
+    return bool(line) and "warning:" not in line and (not line.startswith("[") or "panic" in line)
 
 
 @contextlib.contextmanager
