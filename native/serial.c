@@ -110,7 +110,7 @@ bool serial_from_guest(Proc *g, const Frame *f)
     int stream;
     uint32_t credit = 0;
     Proc *p = by_number(g, 0, f->id);
-    if (!parse(f, &stream, &credit) || !p || p->state != ALIVE)
+    if (!parse(f, &stream, &credit) || !p || (p->state != STARTING && p->state != ALIVE)) /* it may write before OK is here */
         return false;
     if (f->kind == K_DATA)
         return take_output(p, stream, f);
@@ -164,7 +164,7 @@ void serial_input_eof(Proc *p)
 /* All its output has come before this. */
 void serial_ended(Proc *p)
 {
-    for (int i = 1; i < 3; i++)
+    for (int i = 1; i < (p->flags & F_TTY ? 2 : 3); i++)
         if (!(p->ended_streams & 1 << i))
             stream_told_eof(p, i);
     p->input_closed = true;

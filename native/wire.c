@@ -53,6 +53,10 @@ static bool is_int(uint8_t tag)
     case T_FLAGS: case T_ROWS: case T_COLS: case T_SIGNAL: case T_SCOPE: case T_COUNT: case T_CODE: case T_ERRNO:
     case T_MODE: case T_OFFSET: case T_SIZE: case T_OP: case T_UID: case T_GID: case T_PID: case T_STATE: case T_TIME:
     case T_VERSION:
+    case T_STREAM:
+    case T_SPACES:
+    case T_PARK:
+    case T_GRACE:
         return true;
     default:
         return false;
@@ -79,7 +83,7 @@ static bool value_valid(uint8_t tag, Span value, int depth)
         return value.n == 8;
     if (is_nested(tag))
         return depth < 3 && valid_at(value, depth + 1);
-    if (tag > T_PROC || tag == T_DATA || tag == T_TAIL)
+    if (tag > T_HOST || tag == T_DATA || tag == T_TAIL)
         return true;
     return !memchr(value.p, 0, value.n); /* a NUL would cut a path or an argument short */
 }

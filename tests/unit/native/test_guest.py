@@ -10,16 +10,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.unit.native.wireside import INIT, Controller, Held, Refused, alive, start_init, wait_for
+from tests.unit.native.wireside import AGENT, INIT, Controller, Held, Refused, alive, start_init, wait_for
 
 from isolat.wire import kinds as k
 
 SH = "/bin/sh"
 
 
-@pytest.fixture
-def g(c: Controller) -> Controller:
-    c.spawn("guest", [str(INIT)], flags=k.F_CONTROL)
+@pytest.fixture(params=["init", "agent"])
+def g(request: pytest.FixtureRequest, c: Controller) -> Controller:
+    """A guest that gets descriptors, and one to which everything travels as frames."""
+    if request.param == "init":
+        c.spawn("guest", [str(INIT)], flags=k.F_CONTROL)
+    else:
+        c.spawn("guest", [str(AGENT), "--fd", "3"], flags=k.F_CONTROL | k.F_SERIAL)
     return c
 
 

@@ -23,6 +23,7 @@ SANITIZED = BUILD / "sanitize"
 SANITIZE = os.environ.get("ISOLAT_SANITIZE") == "1"
 KEEPER = (SANITIZED if SANITIZE else BUILD) / "isolat-keeper"
 INIT = (SANITIZED if SANITIZE else BUILD) / "isolat-init"
+AGENT = (SANITIZED if SANITIZE else BUILD) / "isolat-agent"
 TIMEOUT_S = 20.0
 
 
