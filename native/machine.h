@@ -9,5 +9,6 @@ int boot_service_port(void);  /* the port, in a whole operating system; dies whe
 bool machine_request(Peer *who, Frame *f); /* RESUME, SETTLE, IDLE */
 int64_t idle_ms(void);        /* until something in here runs by itself; 0: now, -1: never */
 int print_tsc_khz(void);
+extern bool machine_is_ours;  /* the agent of a machine, not an ordinary process of one that others use */
 
 #endif
