@@ -40,7 +40,7 @@ INITS = ("usr/lib/systemd/systemd", "lib/systemd/systemd")
 IN_INITRD = ("virtio_pci", "virtio_blk", "ext4")
 KERNEL_ARGUMENTS = (
     *("console=tty0", "console=ttyS0", "quiet", "panic=-1", "mitigations=off", "no_timer_check", "nowatchdog"),
-    *("random.trust_cpu=on", "audit=0", "lsm=landlock,yama", "systemd.show_status=auto"),
+    *("random.trust_cpu=on", "audit=0", "lsm=landlock,yama", "cryptomgr.notests", "systemd.show_status=auto"),
 )
 _UUID = "00000000-0000-4000-8000-000000000003"
 _NOBODY = 65534
