@@ -189,6 +189,15 @@ VERBS: dict[str, Verb] = {
              _BOOTSTRAP_OPTIONS, (1, 1)),
         Verb("image ls", "", "list images", "images:images", _IMAGES_OPTIONS),
         Verb("image rm", "IMAGE…", "remove images", "images:rmi", (), (1, None)),
+        Verb(
+            "template create", "", "boot a machine that others are cloned from", "templates:create",
+            (Option("--layer", VALUE, "of which layer (default: microvm)", "LAYER"),
+             Option("-m --memory", VALUE, "memory of the machines (default: 512m)", "SIZE"),
+             Option("--cpus", VALUE, "processors of the machines (default: 1)", "N"), _JSON),
+        ),
+        Verb("template ls", "", "list templates", "templates:ls", (Option("-q --quiet", FLAG, "only ids"), _JSON)),
+        Verb("template rm", "TEMPLATE…", "remove templates; machines go on", "templates:rm", (), (1, None)),
+        Verb("template prune", "", "remove all templates; machines go on", "templates:prune"),
         Verb("doctor", "", "what this machine allows, by trying", "system:doctor", (_JSON,)),
         Verb(
             "setup", "", "install what is missing", "system:setup",

@@ -24,12 +24,14 @@ from isolat.deadline import Deadline
 from isolat.engine.engine import Engine, group_id
 from isolat.engine.journal import log, log_defect
 from isolat.engine.paths import DEFAULT_ROOT, StateRoot
+from isolat.engine.warm import DEFAULT_MOST
 from isolat.errors import Conflict, DaemonUnavailable, InternalError, IsolatError, Refused, UsageError
 from isolat.linux import mounts
 
 IDLE_S = 600.0
 _SWITCH_S = 0.0005
 _BACKLOG = 1024
+WARM_MOST = 256
 _HANDOVER_S = 10.0
 
 
@@ -76,7 +78,7 @@ def serve(root: Path, idle_s: float, ready_fd: int) -> None:
     paths = StateRoot(root)
     _make_root(root)
     _hold(paths)
-    engine = Engine(root)
+    engine = Engine(root, _warm())
     engine.start()
     listener = _listen(paths)
     server = Server(engine, listener, idle_s)
@@ -101,6 +103,14 @@ def serve(root: Path, idle_s: float, ready_fd: int) -> None:
         listener.close()
         engine.close()
         log(f"isolatd {os.getpid()} ends")
+
+
+def _warm() -> int:
+    """How many machines of each kind are made in advance: ISOLAT_WARM, 0 for none."""
+    text = os.environ.get("ISOLAT_WARM", str(DEFAULT_MOST))
+    if not text.isdecimal() or int(text) > WARM_MOST:
+        raise UsageError(f"ISOLAT_WARM is {text!r}", hint=f"it is a number from 0 to {WARM_MOST}")
+    return int(text)
 
 
 def _hold(paths: StateRoot) -> None:

@@ -15,7 +15,8 @@ import time
 from collections.abc import Callable
 
 from isolat.daemon.arguments import Arguments
-from isolat.daemon.verbs import VERBS, Call
+from isolat.daemon.call import Call
+from isolat.daemon.verbs import VERBS
 from isolat.deadline import Deadline
 from isolat.engine.engine import Engine
 from isolat.engine.journal import log_defect

@@ -6,37 +6,21 @@ import os
 import signal as signals
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict
 
 from isolat import __version__
+from isolat.daemon import templates as t
 from isolat.daemon.arguments import Arguments
+from isolat.daemon.call import Answer, Call
 from isolat.deadline import Deadline
 from isolat.engine import states
-from isolat.engine.engine import Engine, ExecRequest
+from isolat.engine.engine import ExecRequest
 from isolat.engine.environment import Environment
-from isolat.engine.maker import Caller
 from isolat.engine.states import Verb
 from isolat.errors import UsageError
 from isolat.images.bootstrap import bootstrap
 from isolat.layers.base import State
 from isolat.places.base import Io
-
-Answer = dict[str, Any]
-
-
-@dataclass
-class Call:
-    """One request under way: who asks, with which descriptors, and how to answer before the end."""
-
-    engine: Engine
-    caller: Caller
-    args: Arguments
-    descriptors: list[int]
-    send: Callable[[dict[str, Any], list[int]], None]
-    gone: Callable[[], bool]  # the client has hung up
-    shutdown: Callable[[], None]
-    closing: list[int] = field(default_factory=list)
 
 
 def ping(call: Call) -> Answer:
@@ -311,6 +295,10 @@ VERBS: dict[str, Callable[[Call], Answer]] = {
     "images": images,
     "rmi": rmi,
     "bootstrap": bootstrap_,
+    "template_create": t.template_create,
+    "templates": t.templates,
+    "template_rm": t.template_rm,
+    "template_prune": t.template_prune,
     "reset": reset,
     "shutdown": shutdown,
     "probe": probe,

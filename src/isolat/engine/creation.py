@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from isolat.deadline import Deadline
@@ -13,7 +13,21 @@ from isolat.engine.admission import uid_base
 from isolat.engine.handle import Handle
 from isolat.engine.paths import StateRoot
 from isolat.errors import InternalError, Unsupported, UsageError
-from isolat.layers.base import GUEST, MAIN, Boundary, CanEnter, Frame, ImageRef, Job, Layer, Plan, Probe, State
+from isolat.layers import microvm
+from isolat.layers.base import (
+    GUEST,
+    MAIN,
+    Boundary,
+    CanEnter,
+    Frame,
+    ImageRef,
+    Job,
+    Layer,
+    MachineKit,
+    Plan,
+    Probe,
+    State,
+)
 from isolat.places.base import Place
 from isolat.spec.model import DEFAULT_CPUS, DEFAULT_DISK_BYTES, DEFAULT_MEMORY_BYTES, DEFAULT_PIDS, Spec
 
@@ -36,6 +50,7 @@ class Request:
     upper: str
     caller_uid: int = 0
     caller_gid: int = 0
+    machine: MachineKit | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +73,7 @@ def plan_stack(
 ) -> list[Planned]:
     """Plan every layer, from the hardware up. Raises Unsupported where a layer is not ready or cannot do it."""
     planned: list[Planned] = []
-    job = _outer_job(request, place, paths, libexec)
+    job = outer_job(request, place, paths, _command(request), str(libexec))
     for depth, layer in enumerate(stack):
         last = depth == len(stack) - 1
         found = probe(layer, place, d)
@@ -66,7 +81,7 @@ def plan_stack(
             raise Unsupported(f"the layer {layer.name} is not ready here: {found.reason}", hint=found.remedy)
         this = job if last else replace(job, command=())
         plan = layer.plan(this, found)
-        frame = _frame(layer, plan, last)
+        frame = frame_of(layer, plan, last=last)
         planned.append(Planned(layer, plan, frame))
         if not last:
             if not isinstance(layer, CanEnter):
@@ -95,7 +110,7 @@ def handle_of(request: Request, planned: list[Planned], boot_id: str) -> Handle:
     )
 
 
-def _frame(layer: Layer, plan: Plan, last: bool) -> Frame:
+def frame_of(layer: Layer, plan: Plan, *, last: bool) -> Frame:
     if last and plan.main is None:
         raise InternalError(f"the layer {layer.name} planned no application")
     inside = plan.guest is not None and plan.main_in_guest
@@ -106,29 +121,38 @@ def _frame(layer: Layer, plan: Plan, last: bool) -> Frame:
         main_key=(f"{GUEST}/{MAIN}" if inside else MAIN) if last else "",
         main=plan.main if last else None,
         guest=plan.guest,
+        options=plan.options,
+        inside=plan.inside,
     )
 
 
-def _outer_job(request: Request, place: Place, paths: StateRoot, libexec: Path) -> Job:
+def _command(request: Request) -> tuple[str, ...]:
     spec, image = request.spec, request.image
-    if spec.cpus == DEFAULT_CPUS:
-        spec = replace(spec, cpus=min(spec.cpus, float(place.facts.cpus)))
     command = spec.command or (image.command if image else ())
     if not command:
         raise UsageError(
             f"no command to run: neither given nor set in the image {spec.image}",
             hint=f"isolat run {spec.image} COMMAND",
         )
+    return command
+
+
+def outer_job(request: Request, place: Place, paths: StateRoot, command: tuple[str, ...], libexec: str = "") -> Job:
+    """The job of a stack's outermost layer."""
+    spec, image = request.spec, request.image
+    if spec.cpus == DEFAULT_CPUS:
+        spec = replace(spec, cpus=min(spec.cpus, float(place.facts.cpus)))
     return Job(
         id=request.id,
         spec=spec,
         dir=str(paths.env(request.id)),
         facts=place.facts,
         image=image,
+        machine=request.machine,
         uid_base=uid_base(request.uid_index),
         upper=request.upper,
         cgroup=f"{paths.cgroup}/{request.id}",
-        libexec=str(libexec),
+        libexec=libexec,
         runtime_root=str(paths.runtime),
         caller_uid=request.caller_uid,
         caller_gid=request.caller_gid,
@@ -139,24 +163,39 @@ def _outer_job(request: Request, place: Place, paths: StateRoot, libexec: Path) 
 
 def _inner_job(job: Job, layer: Layer, inside: Place) -> Job:
     """The job of the next layer, as seen from inside this one: volumes, limits and image stay with the outermost."""
+    spec = replace(
+        job.spec,
+        volumes=(),
+        tmpfs=(),
+        memory_bytes=DEFAULT_MEMORY_BYTES,
+        memory_swap_bytes=None,
+        cpus=DEFAULT_CPUS,
+        pids_limit=DEFAULT_PIDS,
+        disk_bytes=DEFAULT_DISK_BYTES,
+    )
+    job = replace(job, spec=spec, facts=inside.facts, upper="", cgroup="")
+    if layer.capabilities.machine:
+        return _job_in_machine(job)
     shared = layer.capabilities.boundary == Boundary.NONE
     return replace(
         job,
         dir=f"{job.dir}/inner" if shared else f"{INSIDE_DIRECTORY}/{job.id}",
         libexec=job.libexec if shared else INSIDE_LIBEXEC,
-        facts=inside.facts,
-        spec=replace(
-            job.spec,
-            volumes=(),
-            tmpfs=(),
-            memory_bytes=DEFAULT_MEMORY_BYTES,
-            memory_swap_bytes=None,
-            cpus=DEFAULT_CPUS,
-            pids_limit=DEFAULT_PIDS,
-            disk_bytes=DEFAULT_DISK_BYTES,
-        ),
-        upper="",
-        cgroup="",
+    )
+
+
+def _job_in_machine(job: Job) -> Job:
+    """The machine's own memory and disk are the limits; the image is mounted, the tools are there (layers/microvm)."""
+    return replace(
+        job,
+        dir=f"{microvm.INSIDE}/environments/{job.id}",
+        libexec=f"{microvm.TOOLS}/bin",
+        runtime_root=f"{microvm.INSIDE}/runtime",
+        image=microvm.inner_image(job.image) if job.image else None,
+        spec=replace(job.spec, memory_bytes=0),
+        upper=f"{microvm.DISK}/{job.id}",
+        upper_bounded=True,
+        cgroup=f"/isolat/{job.id}",
     )
 
 
@@ -180,14 +219,18 @@ def describe(planned: list[Planned]) -> tuple[list[dict[str, object]], str]:
             {
                 "layer": item.layer.name,
                 "steps": [step.to_json() for step in plan.steps],
+                "descriptors": [asdict(descriptor) for descriptor in plan.descriptors],
+                "inside": [step.to_json() for step in plan.inside],
                 "guest": list(plan.guest.argv) if plan.guest else None,
                 "main": list(plan.main.argv) if plan.main else None,
             }
         )
         lines.append(f"layer {item.layer.name}")
         lines += [f"  {n}. {step.describe()}" for n, step in enumerate(plan.steps, 1)]
+        lines += [f"  {descriptor.describe()}" for descriptor in plan.descriptors]
         if plan.guest:
             lines.append(f"  guest: {' '.join(plan.guest.argv)}")
+        lines += [f"  inside: {step.describe()}" for step in plan.inside]
         if plan.main:
             where = " (inside the guest)" if plan.guest and plan.main_in_guest else ""
             lines.append(f"  main{where}: {' '.join(plan.main.argv)}")

@@ -25,15 +25,18 @@ from isolat.engine.events import Event
 from isolat.engine.index import Index
 from isolat.engine.journal import log_defect
 from isolat.engine.keepers import Keepers
+from isolat.engine.kits import Kits
 from isolat.engine.maker import START_S, Caller, Maker, adopt
 from isolat.engine.paths import StateRoot, native_dir
 from isolat.engine.recovery import Recovery
 from isolat.engine.states import Verb
 from isolat.engine.supervisor import OPERATION_WAIT_S, Supervisor
 from isolat.engine.table import Table, row
+from isolat.engine.templates import Template, Templates
+from isolat.engine.warm import DEFAULT_MOST
 from isolat.errors import DeadlineExceeded, IllegalState, Lost, NotFound, StartFailed
 from isolat.images.pool import Pool
-from isolat.images.store import ImageStore
+from isolat.images.store import ImageStore, Progress
 from isolat.layers import registry
 from isolat.layers.base import Layer, Probe, State
 from isolat.linux.facts import record_facts
@@ -65,7 +68,8 @@ class ExecRequest:
 class Engine:
     """All environments of one state root. Holds its lock's owner's word: nobody else touches this root."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, warm: int = DEFAULT_MOST) -> None:
+        """``warm``: how many machines of each kind are made in advance."""
         self.paths = StateRoot(root)
         self.facts = record_facts()
         self.images = ImageStore(root)
@@ -77,6 +81,8 @@ class Engine:
         self.table = Table(Index(self.paths.index), int(self.paths.tag, 16) % admission.UID_RANGES)
         self.events = self.table.events
         self._supervisor = Supervisor(self.table, self._endings, self.facts, self.stop)
+        self.kits = Kits(self.paths, native_dir())
+        self.templates = Templates(self.paths, self._keepers, self.facts, self.kits.blanks)
         self._maker = Maker(
             self.paths,
             self.facts,
@@ -86,7 +92,10 @@ class Engine:
             self.table,
             self._endings,
             self._supervisor,
+            self.kits,
+            self.templates,
             group_id(),
+            warm,
         )
 
     # life of the engine
@@ -107,6 +116,7 @@ class Engine:
         if self.pool.exists():
             self.pool.ensure()
             self.pool.sweep(known)
+        self.templates.start()
         self.table.index.start([row(env) for env in self.table.all()])
         for env in self.table.all():
             if env.handle.remove and not env.state.alive:
@@ -114,8 +124,10 @@ class Engine:
 
     def close(self) -> None:
         """Let go of everything; environments go on under their keepers."""
+        self._maker.close()
         self.events.close()
         self._supervisor.close()
+        self.templates.close()
         for env in self.table.all():
             if env.link is not None:
                 env.link.on_closed = None
@@ -152,6 +164,19 @@ class Engine:
     ) -> tuple[Environment, socket.socket | None]:
         """Make an environment and start its application. Returns the client's end of the streams when attached."""
         return self._maker.run(service, caller, attach, Io(stdin=stdin, rows=rows, cols=cols), descriptors)
+
+    def make_template(self, service: Mapping[str, object], progress: Progress) -> Template:
+        """The template of machines like this; made where there is none."""
+        return self._maker.make_template(service, progress)
+
+    def prune_templates(self) -> list[Template]:
+        """Remove all templates, and the machines that were made in advance from them."""
+        self._maker.warm.drain()
+        return self.templates.prune()
+
+    def warm_count(self) -> int:
+        """How many machines are ready that nobody has asked for yet."""
+        return self._maker.warm.count()
 
     def probe(self, layer: Layer, place: Place, d: Deadline) -> Probe:
         """What the place allows this layer, remembered for a while when it is ready."""
@@ -299,6 +324,10 @@ class Engine:
             except Exception as error:
                 log_defect(f"reset of {env.name}", error)
                 raise
+        self._maker.close()
+        for template in self.templates.prune():
+            told(template.id, f"template {template.id}")
+        self.kits.close()
         self.images.unmount_all()
         self.pool.close()
         Recovery.remove_cgroups(self.paths, self.facts)

@@ -51,7 +51,7 @@ class Handle:
         return replace(self, **changes)
 
     def to_json(self) -> dict[str, Any]:
-        data = asdict(self)
+        data = asdict(replace(self, frames=tuple(replace(frame, inside=()) for frame in self.frames)))
         for frame, out in zip(self.frames, data["frames"], strict=True):
             out["steps"] = [step.to_json() for step in frame.steps]
         return {"version": VERSION, **data}
@@ -90,6 +90,7 @@ def _command(data: dict[str, Any] | None) -> Command | None:
     values["argv"] = tuple(values["argv"])
     values["env"] = tuple((a, b) for a, b in values["env"])
     values["cgroup_files"] = tuple(values["cgroup_files"])
+    values["held"] = tuple(values.get("held", ()))
     return Command(**values)
 
 

@@ -33,22 +33,27 @@ class Keepers:
                 hint="run `make` in the source tree, or set ISOLAT_LIBEXEC",
             )
 
-    def start(self, directory: Path, name: str, d: Deadline) -> Link:
-        """A new keeper for the environment in ``directory``; the one that is there when it already has one."""
+    def start(self, directory: Path, name: str, d: Deadline, idle_s: int = 0) -> Link:
+        """A new keeper for the environment in ``directory``; the one that is there when it already has one.
+
+        ``idle_s``: how long it stays without an application and without a daemon; 0: as it does by itself.
+        """
         while True:
-            link = self._launch(directory, name, d) or self.find(directory, name, d)
+            link = self._launch(directory, name, idle_s, d) or self.find(directory, name, d)
             if link is not None:
                 return link
             # One that is just ending holds the lock but answers no more.
             d.check(f"waiting for the former keeper of {name}")
             time.sleep(0.01)
 
-    def _launch(self, directory: Path, name: str, d: Deadline) -> Link | None:
+    def _launch(self, directory: Path, name: str, idle_s: int, d: Deadline) -> Link | None:
         """A new keeper; None when another holds the environment."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         argv = [str(self._program), str(directory)]
         if self._facts.cgroups.mode == CgroupMode.HYBRID:
             argv.append("--hybrid")
+        if idle_s:
+            argv += ["--idle-s", str(idle_s)]
         try:
             with theirs:
                 process = subprocess.Popen(

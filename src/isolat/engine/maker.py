@@ -12,20 +12,33 @@ from dataclasses import dataclass, replace
 from isolat.checkpoint import checkpoint
 from isolat.deadline import Deadline
 from isolat.engine import admission
-from isolat.engine.creation import Planned, Request, boot_id, describe, handle_of, plan_stack
+from isolat.engine.creation import (
+    Planned,
+    Request,
+    boot_id,
+    describe,
+    frame_of,
+    handle_of,
+    outer_job,
+    plan_stack,
+)
 from isolat.engine.endings import Endings
 from isolat.engine.environment import Environment
+from isolat.engine.holding import Holding
 from isolat.engine.journal import log
 from isolat.engine.keepers import Keepers
+from isolat.engine.kits import FETCH_S, Kits
 from isolat.engine.names import new_id
 from isolat.engine.paths import StateRoot, native_dir
 from isolat.engine.supervisor import Supervisor
 from isolat.engine.table import Table
+from isolat.engine.templates import Template, Templates
+from isolat.engine.warm import WarmPool, normal_priority
 from isolat.errors import Conflict, Unsupported, UsageError
 from isolat.images.pool import Pool
-from isolat.images.store import ImageStore
+from isolat.images.store import ImageStore, Progress
 from isolat.layers import registry
-from isolat.layers.base import CanEnter, ImageRef, Layer, Probe, State
+from isolat.layers.base import GUEST, CanEnter, CanWarm, ImageRef, Layer, MachineKit, Probe, State
 from isolat.places.base import Facts, Io, Place
 from isolat.places.link import Link
 from isolat.places.wired import WiredPlace
@@ -56,7 +69,10 @@ class Maker:
         table: Table,
         endings: Endings,
         supervisor: Supervisor,
+        kits: Kits,
+        templates: Templates,
         group: int | None,
+        warm: int,
     ) -> None:
         self._paths = paths
         self._facts = facts
@@ -69,14 +85,20 @@ class Maker:
         self._group = group
         self._libexec = native_dir()
         self._boot_id = boot_id()
-        self._probes: dict[tuple[str, str], tuple[float, Probe]] = {}
+        self._kits = kits
+        self._templates = templates
+        self._holding = Holding(kits.blanks, templates.open)
+        self.warm = WarmPool(self._undo, warm)
+        self._probes: dict[tuple[str, str, str], tuple[float, Probe]] = {}
 
     def describe(self, service: Mapping[str, object], caller: Caller) -> tuple[list[dict[str, object]], str]:
         """What ``run`` would do, as data and as text."""
         spec = parse(service)
         id = new_id()
         try:
-            request = self._request(spec, service, caller, id, spec.name or "NAME", 0)
+            stack = registry.resolve(spec.layers)
+            kit = self._kits.get(Deadline(START_S)) if stack[0].capabilities.machine else None
+            request = self._request(spec, service, caller, id, spec.name or "NAME", 0, kit)
             return describe(self._plan(request, Deadline(START_S)))
         finally:
             self._table.unmade(id)
@@ -98,33 +120,44 @@ class Maker:
             )
         admission.check(spec, self._facts.memory_bytes, self._facts.cpus, self._paths.root)
         d = Deadline(START_S)
-        env, planned = self._create(spec, service, caller, d)
+        env, planned, ready = self._create(spec, service, caller, d)
         io = replace(io, tty=spec.tty, log=spec.logging != "none", main=True)
         with env.operation("starting"):
             try:
-                return env, self._start(env, planned, io, attach, descriptors, d)
+                return env, self._start(env, planned, io, attach, descriptors, ready, d)
             except BaseException:
                 self._undo(env)
                 raise
 
     def _create(
         self, spec: Spec, service: Mapping[str, object], caller: Caller, d: Deadline
-    ) -> tuple[Environment, list[Planned]]:
-        id = new_id()
-        name, index = self._table.reserve(spec.name, id), -1
+    ) -> tuple[Environment, list[Planned], Environment | None]:
+        """The environment with its plans, and the machine made in advance that it takes over, if there was one."""
+        stack = registry.resolve(spec.layers)
+        kit = self._kits.get(d) if stack[0].capabilities.machine else None
+        ready = self._ready_machine(spec, stack, kit, d)
+        id = ready.id if ready else new_id()
+        index = ready.handle.uid_index if ready else -1
+        name = ""
         try:
-            index = self._table.take_uids()
-            request = self._request(spec, service, caller, id, name, index)
+            name = self._table.reserve(spec.name, id)
+            index = index if ready else self._table.take_uids()
+            request = self._request(spec, service, caller, id, name, index, kit)
             planned = self._plan(request, d)
             mark("planned")
             env = Environment(handle_of(request, planned, self._boot_id), self._paths.env(id))
             env.spec = spec
-            self._make_directory(env)
+            if ready is None:
+                self._make_directory(env)
+            else:
+                env.link = ready.link
             checkpoint()
             env.save()
             mark("handle-saved")
         except BaseException:
-            self._table.unmade(id, name, index)
+            self._table.unmade(id, name, -1 if ready else index)
+            if ready is not None:
+                self._undo(ready)
             with contextlib.suppress(OSError):
                 self._paths.env(id).rmdir()
             raise
@@ -132,7 +165,74 @@ class Maker:
             self._undo(env)
             raise Conflict("everything is being reset: nothing new is started")
         self._table.publish("create", env, image=spec.image, layer=spec.layer)
-        return env, planned
+        return env, planned, ready
+
+    # machines made in advance
+
+    def _ready_machine(
+        self, spec: Spec, stack: tuple[Layer, ...], kit: MachineKit | None, d: Deadline
+    ) -> Environment | None:
+        layer = stack[0]
+        if kit is None or len(stack) > 1 or not isinstance(layer, CanWarm):
+            return None
+        job = outer_job(Request(new_id(), "", spec, {}, None, 0, "", machine=kit), self.nowhere(), self._paths, ("",))
+        key = layer.warm_key(job)
+        found = self.warm.take(key, lambda: self._make_in_advance(layer, spec, kit))
+        if found is None or (found.link is not None and not found.link.closed):
+            return found
+        self._undo(found)
+        return None
+
+    def _make_in_advance(self, layer: CanWarm, spec: Spec, kit: MachineKit) -> Environment:
+        assert isinstance(layer, Layer)
+        d = Deadline(START_S)
+        index = self._table.take_uids()
+        id = new_id()
+        request = Request(id, f"warm-{id}", spec, {}, None, index, "", machine=kit)
+        job = layer.warm_job(outer_job(request, self.nowhere(), self._paths, ("",)))
+        plan = layer.plan(job, self.probe(layer, self.nowhere(), d))
+        planned = Planned(layer, plan, frame_of(layer, plan, last=True))
+        env = Environment(handle_of(request, [planned], self._boot_id), self._paths.env(id))
+        try:
+            self._make_directory(env)
+            env.save()
+            env.link = self._keepers.start(env.directory, env.name, d)
+            place = WiredPlace(env.live_link, self._facts)
+            place.carry_out(plan.steps, d)
+            self._holding.provide(plan.descriptors, plan.template, place, d)
+            layer.warm_up(planned.frame, place, d)
+        except BaseException:
+            self._undo(env)
+            raise
+        return env
+
+    def make_template(self, service: Mapping[str, object], progress: Progress) -> Template:
+        """The template that machines of this spec are cloned from. Raises Unsupported where there is none for it."""
+        spec = parse(service)
+        layer, *others = registry.resolve(spec.layers)
+        if others or not isinstance(layer, CanWarm):
+            raise Unsupported(f"the layer {spec.layer} has no templates", hint="isolat template create --layer microvm")
+        d = Deadline(FETCH_S)
+        kit = self._kits.get(d, progress)
+        index = self._table.take_uids()
+        try:
+            request = Request(new_id(), "", spec, service, None, index, "", machine=kit)
+            job = layer.warm_job(outer_job(request, self.nowhere(), self._paths, ("",)))
+            plan = layer.plan(job, self.probe(layer, self.nowhere(), d)).template
+            if plan is None:
+                raise Unsupported("this machine makes no templates")
+            progress(f"booting a machine: {plan.memory_bytes >> 20} MiB, {plan.cpus} CPUs, {plan.accel}", 0, 0)
+            self._templates.open(plan, d)
+        finally:
+            self._table.give_back_uids(index)
+        return next(found for found in self._templates.all() if found.key == plan.key)
+
+    def _take_over(self, env: Environment, ready: Environment, place: Place, d: Deadline) -> None:
+        """From now on the machine is this environment's: at the priority of others, and watched."""
+        for proc in place.procs(GUEST, d):
+            if proc.key == GUEST:
+                normal_priority(proc.pid)
+        self._supervisor.watch(env)
 
     def _make_directory(self, env: Environment) -> None:
         env.directory.mkdir(mode=0o711)
@@ -142,12 +242,19 @@ class Maker:
             env.directory.chmod(0o2711)
 
     def _request(
-        self, spec: Spec, service: Mapping[str, object], caller: Caller, id: str, name: str, index: int
+        self,
+        spec: Spec,
+        service: Mapping[str, object],
+        caller: Caller,
+        id: str,
+        name: str,
+        index: int,
+        kit: MachineKit | None,
     ) -> Request:
         stack = registry.resolve(spec.layers)
         image = self._image(id, spec.image) if stack[0].capabilities.images else None
-        upper = str(self._paths.pool / id) if image and self._pool.ensure() else ""
-        return Request(id, name, spec, service, image, index, upper, caller.uid, caller.gid)
+        upper = str(self._paths.pool / id) if image and kit is None and self._pool.ensure() else ""
+        return Request(id, name, spec, service, image, index, upper, caller.uid, caller.gid, kit)
 
     def _image(self, id: str, name: str) -> ImageRef:
         image = self._images.resolve(name)
@@ -160,6 +267,7 @@ class Maker:
             working_dir=image.working_dir,
             user=image.user,
             binds=image.binds,
+            file=str(self._images.file(image.digest)),
         )
 
     def _plan(self, request: Request, d: Deadline) -> list[Planned]:
@@ -169,7 +277,7 @@ class Maker:
 
     def probe(self, layer: Layer, place: Place, d: Deadline, spec: Spec | None = None) -> Probe:
         """What the place allows this layer, remembered for a while when it is ready."""
-        key = (layer.name, spec.oci_runtime if spec else "")
+        key = (layer.name, spec.oci_runtime if spec else "", place.facts.kernel)
         at, found = self._probes.get(key, (0.0, None))
         if found is None or not found.ready or time.monotonic() - at > _PROBE_KEPT_S:
             found = layer.probe(place, d.sooner(20))
@@ -191,23 +299,34 @@ class Maker:
         io: Io,
         attach: bool,
         descriptors: Sequence[int],
+        ready: Environment | None,
         d: Deadline,
     ) -> socket.socket | None:
         checkpoint()
-        env.link = self._keepers.start(env.directory, env.name, d)
-        self._supervisor.watch(env)
+        place: Place = WiredPlace(env.live_link, self._facts)
+        if ready is None:
+            env.link = self._keepers.start(env.directory, env.name, d)
+            self._supervisor.watch(env)
+        else:
+            self._take_over(env, ready, place, d)
         mark("keeper-started")
         checkpoint()
-        place: Place = WiredPlace(env.live_link, self._facts)
         ours = None
         for depth, item in enumerate(planned):
-            place.carry_out(item.plan.steps, d, descriptors if depth == 0 else ())
+            plan = item.plan
+            if ready is None:
+                place.carry_out(plan.steps, d, descriptors if depth == 0 else ())
+            held = {descriptor.name for descriptor in plan.descriptors} - {"image"} if ready else ()
+            self._holding.provide(plan.descriptors, plan.template, place, d, held)
             mark("steps-carried-out")
             last = depth == len(planned) - 1
             if last and attach:
                 ours = adopt(place, item.frame.main_key, io.stdin, d)
             try:
-                item.layer.start(item.frame, place, io, d)
+                if ready is not None and isinstance(item.layer, CanWarm):
+                    item.layer.take(item.frame, place, io, d)
+                else:
+                    item.layer.start(item.frame, place, io, d)
             except BaseException:
                 if ours is not None:
                     ours.close()
@@ -234,6 +353,10 @@ class Maker:
             env.ended.set()
             return
         self._table.leave(env)
+
+    def close(self) -> None:
+        """Undo what was made in advance: nobody will take it."""
+        self.warm.close()
 
 
 def adopt(place: Place, key: str, stdin: bool, d: Deadline) -> socket.socket:

@@ -49,6 +49,7 @@ class Capabilities:
     hostname: bool = False
     own_uids: bool = False  # a uid range of its own
     images: bool = True  # it needs an image as its root
+    machine: bool = False  # it needs what machines are made of (MachineKit)
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,27 @@ class ImageRef:
     working_dir: str = ""
     user: str = ""
     binds: tuple[tuple[str, str], ...] = ()  # (directory of this machine, where it appears), read-only
+    file: str = ""  # its EROFS file, which a machine gets as a disk
+
+
+@dataclass(frozen=True)
+class MachineKit:
+    """What machines are made of here: QEMU and what it can do, the guest's kernel and the files around it."""
+
+    qemu: str  # path, as seen in the jail
+    qemu_version: str
+    sandbox: bool  # it can confine itself to the system calls that it needs
+    qemu_identity: str  # which build it is: a template serves no other
+    accel: str  # tcg, kvm
+    accel_reason: str
+    tsc_khz: int
+    release: str  # of the guest's kernel
+    kernel: str  # paths, as seen in the jail
+    initramfs: str
+    tools: str  # path on this machine
+    guest_key: str  # stands for the contents of kernel, initramfs and tools
+    jail: str  # the read-only root that QEMU runs in
+    templates: bool = True
 
 
 @dataclass(frozen=True)
@@ -85,9 +107,11 @@ class Job:
     dir: str  # the environment's own directory, as the place sees it
     facts: Facts
     image: ImageRef | None = None
+    machine: MachineKit | None = None
     uid_base: int = 0
     uid_count: int = 65536
-    upper: str = ""  # where the writable layer's subvolume is to be made; empty: a plain directory below dir
+    upper: str = ""  # where the writable layer's subvolume is to be made; empty: memory
+    upper_bounded: bool = False  # upper is on a disk that is bounded itself: a plain directory will do
     cgroup: str = ""  # path below each hierarchy's mount
     libexec: str = ""  # where isolat-init is
     runtime_root: str = ""  # the OCI runtime's state directory
@@ -95,6 +119,46 @@ class Job:
     caller_gid: int = 0
     command: tuple[str, ...] = ()  # empty for the outer layer of a stack
     env: tuple[tuple[str, str], ...] = ()
+
+
+class Source(StrEnum):
+    """Where a descriptor comes from."""
+
+    MEMORY = "memory"  # new memory of this size, which can be sealed (memfd_create(2))
+    PAIR = "pair"  # one end of a new socket pair; its other end is held as NAME-peer
+    FILE = "file"  # the file at this path
+    DISK = "disk"  # a new, empty, sparse file system of this size, at this path
+    TEMPLATE_MEMORY = "template-memory"  # what a template keeps
+    TEMPLATE_STATE = "template-state"
+
+
+@dataclass(frozen=True)
+class Descriptor:
+    """An open file that a guest needs: the engine opens it, the keeper holds it under this name."""
+
+    name: str
+    source: Source
+    path: str = ""
+    size_bytes: int = 0
+    writable: bool = False
+
+    def describe(self) -> str:
+        what = {Source.FILE: f"open {self.path}", Source.DISK: f"make an empty disk {self.path}"}
+        size = f" ({self.size_bytes >> 20} MiB)" if self.size_bytes else ""
+        return f"hold {self.name}: {what.get(self.source, self.source.value)}{size}"
+
+
+@dataclass(frozen=True)
+class TemplatePlan:
+    """A template, and how it is made where there is none: one for each kernel, memory size and number of CPUs."""
+
+    key: str
+    guest: Command
+    descriptors: tuple[Descriptor, ...]
+    memory_bytes: int
+    cpus: int
+    accel: str
+    release: str
 
 
 @dataclass(frozen=True)
@@ -106,6 +170,10 @@ class Plan:
     main: Command | None = None  # the application; None in the outer layer of a stack
     main_in_guest: bool = True
     needs: Needs = Needs()
+    descriptors: tuple[Descriptor, ...] = ()  # held before the guest starts
+    inside: tuple[Step, ...] = ()  # carried out in the guest before the application starts; they go with it
+    template: TemplatePlan | None = None  # what the guest is cloned from
+    options: tuple[tuple[str, Any], ...] = ()  # what ``start`` has to know beyond the commands
 
 
 @dataclass(frozen=True)
@@ -119,6 +187,10 @@ class Frame:
     main: Command | None = None
     guest: Command | None = None
     options: tuple[tuple[str, Any], ...] = ()
+    inside: tuple[Step, ...] = ()  # only until it has started: not written down
+
+    def option(self, name: str) -> Any:
+        return dict(self.options).get(name)
 
 
 class State(StrEnum):
@@ -190,6 +262,23 @@ class CanEnter(Protocol):
     """Exec, tty, copy and stacking, in one: the environment's inside is a place."""
 
     def inside(self, frame: Frame, place: Place) -> Place: ...
+
+
+@runtime_checkable
+class CanWarm(Protocol):
+    """Machines that are made ready before anybody asks for them."""
+
+    def warm_key(self, job: Job) -> str:
+        """What a machine made in advance must have in common with this job; empty: none can serve it."""
+
+    def warm_job(self, job: Job) -> Job:
+        """The job of a machine made in advance: the same without anybody's image, command and names."""
+
+    def warm_up(self, frame: Frame, place: Place, d: Deadline) -> None:
+        """Start the machine and let it do once what it will do, then stop it."""
+
+    def take(self, frame: Frame, place: Place, io: Io, d: Deadline) -> Proc | None:
+        """``start`` for a machine that was made in advance."""
 
 
 class Rewriter(Protocol):

@@ -103,6 +103,8 @@ def upper_steps(job: Job, owner: int) -> tuple[Step, ...]:
     at = upper(job)
     whole = MakeDir(at, 0o700, owner, owner, keep=True)
     parts = (MakeDir(f"{at}/u", 0o755, owner, owner, keep=True), MakeDir(f"{at}/w", 0o700, keep=True))
+    if job.upper_bounded:
+        return (whole, *parts)
     if job.upper:
         volume = Subvolume(at, job.spec.disk_bytes, keep=True)
         return (volume, whole, *parts, volume)

@@ -14,8 +14,9 @@ from isolat.layers.base import Boundary, CanEnter, Layer
 from isolat.layers.container import ContainerLayer
 from isolat.layers.fake import FakeLayer
 from isolat.layers.host import HostLayer
+from isolat.layers.microvm import MicrovmLayer
 
-LAYERS: dict[str, Layer] = {layer.name: layer for layer in (HostLayer(), ContainerLayer(), FakeLayer())}
+LAYERS: dict[str, Layer] = {layer.name: layer for layer in (HostLayer(), ContainerLayer(), MicrovmLayer(), FakeLayer())}
 
 # Entering host is the same place with another root: nothing there that a layer could be put on.
 ALONE = frozenset({"host"})

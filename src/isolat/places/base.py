@@ -6,7 +6,7 @@ stack. Everything that differs between places is recorded as ``Facts`` and is an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
@@ -67,6 +67,11 @@ class Command:
     cgroup_files: tuple[str, ...] = ()  # files that "0" is written to before the exec
     control: bool = False  # it speaks the wire protocol on descriptor 3 and is itself a place
     pidfile: str = ""  # a launcher: the real process's pid is read here once it has ended with 0
+    serial: bool = False  # a control channel without descriptors, whose other side may come to life late
+    held: tuple[str, ...] = ()  # names of held descriptors, which become the child's 4, 5, …
+    spaces: int = 0  # namespaces that it starts in (CLONE_NEW* of clone(2))
+    park_s: float = 0.0  # stop it after so long without a word, where nothing in it has a deadline; 0: never
+    grace_s: float = 0.0  # how long it may take to end by itself after the application's end
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,24 @@ class Proc:
     started_ns: int = 0
 
 
+@dataclass(frozen=True)
+class Identity:
+    """What makes one machine differ from another that was cloned from the same template."""
+
+    entropy: bytes
+    time_ns: int = 0  # since the epoch; 0: its clock is left alone
+    host: str = ""
+    mac: str = ""
+    devices: tuple[str, ...] = ()  # block devices behind which the disk has changed
+
+
+class Starting(Protocol):
+    """A process that was asked for."""
+
+    def finish(self, d: Deadline) -> Proc:
+        """Wait until it has started. Raises what ``Place.spawn`` raises."""
+
+
 class Place(Protocol):
     """Anywhere a process can be started. One wire protocol, two transports."""
 
@@ -118,6 +141,24 @@ class Place(Protocol):
 
         Raises NotExecutable, CommandNotFound, or StartFailed with its stage, errno and log tail.
         """
+
+    def begin(self, key: str, cmd: Command, io: Io, d: Deadline) -> Starting:
+        """Ask for a process without waiting for it: a machine needs a dialogue before it says its first word."""
+
+    def hold(self, descriptors: Mapping[str, int], d: Deadline) -> None:
+        """Let the keeper keep duplicates of these descriptors under these names."""
+
+    def fetch(self, name: str, d: Deadline) -> int:
+        """A duplicate of a descriptor that the keeper holds. Raises NotFound."""
+
+    def drop(self, names: Sequence[str], d: Deadline) -> None:
+        """Let the keeper close these; what it does not hold is fine."""
+
+    def resume(self, identity: Identity, d: Deadline) -> None:
+        """Make the machine that this place is the inside of one of its own."""
+
+    def settle(self, d: Deadline) -> None:
+        """Let the machine that this place is the inside of give back what it needs no more, before it is saved."""
 
     def adopt(self, key: str, client: int, stdin: bool, d: Deadline) -> None:
         """Attach the connected socket ``client`` (closed here) to the process, started or not yet."""

@@ -6,12 +6,12 @@ leads to the place around.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from isolat.deadline import Deadline
 from isolat.errors import Unsupported
-from isolat.places.base import CgroupFacts, CgroupMode, Command, Exit, Facts, Io, Place, Proc
+from isolat.places.base import CgroupFacts, CgroupMode, Command, Exit, Facts, Identity, Io, Place, Proc, Starting
 from isolat.places.steps import MakeDir, PutFile, Step
 
 
@@ -47,6 +47,24 @@ class RootedPlace:
 
     def spawn(self, key: str, cmd: Command, io: Io, d: Deadline) -> Proc:
         return self._place.spawn(key, replace(cmd, root=self._root, cgroup_files=self._cgroup_files), io, d)
+
+    def begin(self, key: str, cmd: Command, io: Io, d: Deadline) -> Starting:
+        return self._place.begin(key, replace(cmd, root=self._root, cgroup_files=self._cgroup_files), io, d)
+
+    def hold(self, descriptors: Mapping[str, int], d: Deadline) -> None:
+        self._place.hold(descriptors, d)
+
+    def fetch(self, name: str, d: Deadline) -> int:
+        return self._place.fetch(name, d)
+
+    def drop(self, names: Sequence[str], d: Deadline) -> None:
+        self._place.drop(names, d)
+
+    def resume(self, identity: Identity, d: Deadline) -> None:
+        self._place.resume(identity, d)
+
+    def settle(self, d: Deadline) -> None:
+        self._place.settle(d)
 
     def adopt(self, key: str, client: int, stdin: bool, d: Deadline) -> None:
         self._place.adopt(key, client, stdin, d)

@@ -8,12 +8,12 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from isolat.checkpoint import checkpoint, counting
 from isolat.deadline import Deadline
-from isolat.errors import IsolatError
-from isolat.places.base import Command, Exit, Facts, Io, Place, Proc
+from isolat.errors import IsolatError, NotFound
+from isolat.places.base import Command, Exit, Facts, Identity, Io, Place, Proc
 from isolat.places.link import Asked, Link, exit_of
 from isolat.places.steps import Idmap, Step
 from isolat.wire import kinds as k
@@ -81,10 +81,39 @@ class WiredPlace:
             raise failed
 
     def spawn(self, key: str, cmd: Command, io: Io, d: Deadline) -> Proc:
-        frame, fds = self._link(d).request(k.SPAWN, [*self._route(key), *_command_fields(cmd), *_io_fields(cmd, io)], d)
-        for fd in fds:
-            os.close(fd)
-        return Proc(key, frame.int(k.T_PID))
+        return self.begin(key, cmd, io, d).finish(d)
+
+    def begin(self, key: str, cmd: Command, io: Io, d: Deadline) -> _Starting:
+        link = self._link(d)
+        asked = link.ask(k.SPAWN, [*self._route(key), *_command_fields(cmd), *_io_fields(cmd, io)])
+        return _Starting(link, key, asked)
+
+    def hold(self, descriptors: Mapping[str, int], d: Deadline) -> None:
+        link, names = self._link(d), list(descriptors)
+        for n in range(0, len(names), k.MAX_DESCRIPTORS):
+            some = names[n : n + k.MAX_DESCRIPTORS]
+            link.request(k.HOLD, [(k.T_KEY, name) for name in some], d, [descriptors[name] for name in some])
+
+    def fetch(self, name: str, d: Deadline) -> int:
+        _, fds = self._link(d).request(k.FETCH, [(k.T_KEY, name)], d)
+        if len(fds) != 1:
+            for fd in fds:
+                os.close(fd)
+            raise NotFound(f"the keeper gave no descriptor for {name}", stage="fetch")
+        return fds[0]
+
+    def drop(self, names: Sequence[str], d: Deadline) -> None:
+        self._link(d).request(k.DROP, [(k.T_KEY, name) for name in names], d)
+
+    def resume(self, identity: Identity, d: Deadline) -> None:
+        fields: Fields = [(k.T_DATA, identity.entropy), *((k.T_PATH, path) for path in identity.devices)]
+        fields += [(k.T_TIME, identity.time_ns)] if identity.time_ns else []
+        fields += [(k.T_HOST, identity.host)] if identity.host else []
+        fields += [(k.T_OPTIONS, identity.mac)] if identity.mac else []
+        self._link(d).request(k.RESUME, [*fields, *self._here()], d)
+
+    def settle(self, d: Deadline) -> None:
+        self._link(d).request(k.SETTLE, self._here(), d)
 
     def adopt(self, key: str, client: int, stdin: bool, d: Deadline) -> None:
         flags = k.F_STDIN if stdin else 0
@@ -152,6 +181,19 @@ class WiredPlace:
         return WiredPlace(self._link, facts, self.full_name(key))
 
 
+class _Starting:
+    """A SPAWN under way."""
+
+    def __init__(self, link: Link, key: str, asked: Asked) -> None:
+        self._link, self._key, self._asked = link, key, asked
+
+    def finish(self, d: Deadline) -> Proc:
+        frame, fds = self._link.result(self._asked, d)
+        for fd in fds:
+            os.close(fd)
+        return Proc(self._key, frame.int(k.T_PID))
+
+
 def _descriptors_of(step: Step, descriptors: Sequence[int]) -> list[int]:
     """What comes along with this step: the source that the caller opened."""
     return [descriptors[step.descriptor]] if isinstance(step, Idmap) and step.descriptor >= 0 else []
@@ -161,6 +203,9 @@ def _command_fields(cmd: Command) -> Fields:
     fields: Fields = [(k.T_ARGV, os.fsencode(arg)) for arg in cmd.argv]
     fields += [(k.T_ENV, os.fsencode(f"{name}={value}")) for name, value in cmd.env]
     fields += [(k.T_CGROUP, path) for path in cmd.cgroup_files]
+    fields += [(k.T_HELD, name) for name in cmd.held]
+    numbers = ((k.T_SPACES, cmd.spaces), (k.T_PARK, round(cmd.park_s * 1000)), (k.T_GRACE, round(cmd.grace_s * 1000)))
+    fields += [(tag, number) for tag, number in numbers if number]
     for tag, value in ((k.T_CWD, cmd.cwd), (k.T_USER, cmd.user), (k.T_ROOT, cmd.root), (k.T_PIDFILE, cmd.pidfile)):
         if value:
             fields.append((tag, os.fsencode(value)))
@@ -175,5 +220,6 @@ def _io_fields(cmd: Command, io: Io) -> Fields:
         | (k.F_MAIN if io.main else 0)
         | (k.F_CONTROL if cmd.control else 0)
         | (k.F_LAUNCHER if cmd.pidfile else 0)
+        | (k.F_SERIAL if cmd.serial else 0)
     )
     return [(k.T_FLAGS, flags), (k.T_ROWS, io.rows), (k.T_COLS, io.cols)]

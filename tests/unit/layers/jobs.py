@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from isolat.layers.base import ImageRef, Job, Probe
+from isolat.layers.base import ImageRef, Job, MachineKit, Probe
 from isolat.places.base import CgroupFacts, CgroupMode, Facts
 from isolat.spec.model import Spec
 
@@ -25,6 +25,24 @@ IMAGE = ImageRef(
     env=(("LANG", "C.UTF-8"),),
     command=("bash",),
     working_dir="/srv",
+    file="/state/images/debian.erofs",
+)
+
+
+KIT = MachineKit(
+    qemu="/usr/bin/qemu-system-x86_64",
+    qemu_version="7.2.22",
+    qemu_identity="7.2.22 of a test",
+    sandbox=True,
+    accel="tcg",
+    accel_reason="there is no /dev/kvm",
+    tsc_khz=2000000,
+    release="6.1.0-1-cloud-amd64",
+    kernel="/guest/kernel/vmlinux",
+    initramfs="/guest/initramfs.cpio",
+    tools="/state/guest/tools.erofs",
+    guest_key="1" * 64,
+    jail="/state/mounts/jail",
 )
 
 
@@ -50,6 +68,7 @@ def job(mode: str = "hybrid", *, spec: dict[str, Any] | None = None, **changes: 
         dir=f"/state/envs/{id}",
         facts=facts(mode),
         image=IMAGE,
+        machine=KIT,
         uid_base=0x4007_0000,
         upper=f"/state/pool/{id}",
         cgroup=f"/isolat/tag/{id}",

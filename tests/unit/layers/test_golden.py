@@ -46,6 +46,23 @@ CASES: dict[str, tuple[str, Job]] = {
     "container-without-btrfs": ("container", job("v2", upper="")),
     "container-outer": ("container", job("v2", command=())),
     "host-read-only": ("host", job("v2", spec={"read_only": True})),
+    "microvm-full": (
+        "microvm",
+        job(
+            "v2",
+            spec={
+                "hostname": "box",
+                "user": "1000:1000",
+                "read_only": True,
+                "cpus": 2.0,
+                "memory_bytes": 256 << 20,
+                "tmpfs": (Tmpfs("/scratch", 1 << 20),),
+                "options": (("microvm", {"park_s": 0}),),
+            },
+        ),
+    ),
+    "microvm-booted": ("microvm", job("v2", spec={"options": (("microvm", {"template": False}),)})),
+    "microvm-outer": ("microvm", job("v2", command=())),
     "fake-failing": ("fake", job("v2", spec={"options": (("fake", {"steps": 5, "fail_step": 3}),)})),
     "fake-slow": ("fake", job("v2", spec={"options": (("fake", {"slow_start_s": 1.5}),)})),
 }
@@ -75,6 +92,19 @@ def _readable(plan: Plan) -> dict[str, Any]:
         "main": asdict(plan.main) if plan.main else None,
         "main_in_guest": plan.main_in_guest,
         "needs": asdict(plan.needs),
+        **_of_machine(plan),
+    }
+
+
+def _of_machine(plan: Plan) -> dict[str, Any]:
+    """What only machines have."""
+    if not plan.descriptors:
+        return {}
+    return {
+        "descriptors": [asdict(descriptor) for descriptor in plan.descriptors],
+        "inside": [step.to_json() for step in plan.inside],
+        "template": asdict(plan.template) if plan.template else None,
+        "options": dict(plan.options),
     }
 
 

@@ -1,0 +1,90 @@
+"""Opening what a guest needs, and letting its keeper hold it: so that it is there for the next daemon too."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from isolat.deadline import Deadline
+from isolat.errors import InternalError, StoreError
+from isolat.guest.blank import blank, copy_sparse
+from isolat.layers.base import Descriptor, Source, TemplatePlan
+from isolat.places.base import Place
+
+Opener = Callable[[TemplatePlan, Deadline], tuple[int, int]]
+
+
+class Holding:
+    """``template`` gives a template's two descriptors, making it where there is none; they stay its own."""
+
+    def __init__(self, blanks: Path, template: Opener) -> None:
+        self._blanks = blanks
+        self._template = template
+
+    def provide(
+        self,
+        descriptors: Sequence[Descriptor],
+        template: TemplatePlan | None,
+        place: Place,
+        d: Deadline,
+        but: Collection[str] = (),
+    ) -> None:
+        """Open these and let the place hold them, without those whose names are in ``but``.
+
+        Raises StoreError when a file can't be opened or made.
+        """
+        wanted = [descriptor for descriptor in descriptors if descriptor.name not in but]
+        with ExitStack() as ours:
+            found: dict[str, int] = {}
+            for descriptor in wanted:
+                found.update(self._open(descriptor, template, ours, d))
+            if found:
+                place.hold(found, d)
+
+    def _open(
+        self, descriptor: Descriptor, template: TemplatePlan | None, ours: ExitStack, d: Deadline
+    ) -> dict[str, int]:
+        name = descriptor.name
+        if descriptor.source is Source.PAIR:
+            one, other = socket.socketpair()
+            ours.enter_context(one)
+            ours.enter_context(other)
+            return {name: one.fileno(), f"{name}-peer": other.fileno()}
+        if descriptor.source in (Source.TEMPLATE_MEMORY, Source.TEMPLATE_STATE):
+            if template is None:
+                raise InternalError(f"a plan wants {name} of a template that it does not name")
+            memory, state = self._template(template, d)
+            if descriptor.source is Source.TEMPLATE_MEMORY:
+                return {name: memory}
+            # A description of its own: every clone reads it from the beginning.
+            fd = os.open(f"/proc/self/fd/{state}", os.O_RDONLY | os.O_CLOEXEC)
+        else:
+            fd = self._file(descriptor, d)
+        ours.callback(os.close, fd)
+        return {name: fd}
+
+    def _file(self, descriptor: Descriptor, d: Deadline) -> int:
+        try:
+            if descriptor.source is Source.MEMORY:
+                return _memory(descriptor.name, descriptor.size_bytes)
+            if descriptor.source is Source.DISK:
+                _make_disk(blank(self._blanks, descriptor.size_bytes), Path(descriptor.path))
+            mode = os.O_RDWR if descriptor.writable else os.O_RDONLY
+            return os.open(descriptor.path, mode | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError as error:
+            raise StoreError(f"{descriptor.path or descriptor.name} can't be opened: {error.strerror}") from error
+
+
+def _memory(name: str, size_bytes: int) -> int:
+    fd = os.memfd_create(name, os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
+    os.ftruncate(fd, size_bytes)
+    return fd
+
+
+def _make_disk(empty: Path, at: Path) -> None:
+    """A disk with an empty file system; the one that is there stays."""
+    if not at.exists():
+        copy_sparse(empty, at)

@@ -1,0 +1,94 @@
+"""What machines are made of on this machine: found, fetched and tried once, then remembered."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+from isolat.deadline import Deadline
+from isolat.engine.creation import boot_id
+from isolat.engine.handle import write_atomically
+from isolat.engine.paths import StateRoot
+from isolat.errors import StartFailed, Unsupported
+from isolat.guest import files
+from isolat.images.store import Progress, no_progress
+from isolat.layers.base import MachineKit
+from isolat.qemu import accel, features, jail
+
+FETCH_S = 600.0  # a kernel comes over the network
+_TSC_S = 10.0
+
+
+class Kits:
+    """The kit of one state root, below ``STATE_ROOT/guest`` and, the root QEMU runs in, ``STATE_ROOT/mounts/jail``."""
+
+    def __init__(self, paths: StateRoot, native: Path) -> None:
+        self.dir = paths.root / "guest"
+        self.blanks = self.dir / "blanks"
+        self.jail = paths.root / "mounts" / "jail"
+        self._native = native
+        self._lock = threading.Lock()
+        self._kit: MachineKit | None = None
+        self._files: files.GuestFiles | None = None
+
+    def get(self, d: Deadline, progress: Progress = no_progress) -> MachineKit:
+        """The kit; what is missing is fetched and made. Raises what guest/files.py and qemu/features.py raise."""
+        with self._lock:
+            found = files.ensure(self.dir, self._native, progress, d=Deadline(FETCH_S))
+            if self._kit is None or found != self._files:
+                self._kit, self._files = self._make(found, progress), found
+            jail.ensure(self.jail, self.dir, kvm=self._kit.accel == "kvm")
+            return self._kit
+
+    def close(self) -> None:
+        """Take away what is mounted."""
+        jail.remove(self.jail)
+
+    def _make(self, found: files.GuestFiles, progress: Progress) -> MachineKit:
+        progress("looking at what QEMU can do", 0, 0)
+        qemu = features.find(Deadline(30), self.dir / "qemu.json")
+        lacking = qemu.missing("microvm")
+        if lacking:
+            raise Unsupported(f"QEMU {qemu.version} lacks {', '.join(lacking)}", hint="use QEMU 7.2 or later")
+        asked = os.environ.get("ISOLAT_ACCEL", "auto")
+        chosen = accel.choose(qemu, found, self.dir / "accel.json", Deadline(60), asked)
+        return MachineKit(
+            qemu=chosen.qemu.binary,
+            qemu_version=chosen.qemu.version,
+            qemu_identity=chosen.qemu.identity,
+            sandbox=chosen.qemu.sandbox,
+            accel=chosen.kind,
+            accel_reason=chosen.reason,
+            tsc_khz=self._tsc_khz(),
+            release=found.release,
+            kernel=self._in_jail(found.vmlinux),
+            initramfs=self._in_jail(found.initramfs),
+            tools=str(found.tools),
+            guest_key=found.key,
+            jail=str(self.jail),
+        )
+
+    def _in_jail(self, path: Path) -> str:
+        return f"/guest/{path.relative_to(self.dir)}"
+
+    def _tsc_khz(self) -> int:
+        """How fast this machine's time stamp counter runs, measured once in each of its boots."""
+        at, boot = self.dir / "tsc.json", boot_id()
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            kept = json.loads(at.read_text())
+            if kept["boot"] == boot and kept["khz"] > 0:
+                return int(kept["khz"])
+        try:
+            answer = subprocess.run(
+                [str(self._native / files.AGENT), "--tsc-khz"], capture_output=True, check=True, timeout=_TSC_S
+            )
+            khz = int(answer.stdout)
+        except (OSError, ValueError, subprocess.SubprocessError) as error:
+            raise StartFailed(f"this machine's time stamp counter can't be measured: {error}", stage="tsc") from error
+        write_atomically(at, json.dumps({"boot": boot, "khz": khz, "at": time.time()}))
+        return khz

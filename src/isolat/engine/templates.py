@@ -1,0 +1,246 @@
+"""Templates: booted, saved machines that others are cloned from. Their memory is held by a keeper of their own.
+
+::
+
+    STATE_ROOT/templates/KEY/template.json   what it is; written last, so a template is there whole or not at all
+    STATE_ROOT/templates/KEY/keeper.*        the keeper that holds its sealed memory and its state
+
+A daemon that is killed leaves them as they are, and the next one fetches them again. A keeper without a daemon lets go
+after ``KEPT_S``. Nothing of a template is on disk: it holds no more than a kernel that has just booted, but that
+memory is shared by every clone, and only sealed memory can't be changed by any of them (fcntl(2), F_SEAL_WRITE).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from isolat.deadline import Deadline
+from isolat.engine.handle import write_atomically
+from isolat.engine.holding import Holding
+from isolat.engine.journal import log
+from isolat.engine.keepers import Keepers, quit_keeper
+from isolat.engine.paths import StateRoot
+from isolat.errors import InternalError, IsolatError, NotFound, StoreError
+from isolat.layers.base import TemplatePlan
+from isolat.linux import cgroup
+from isolat.places.base import Command, Facts
+from isolat.places.link import Link
+from isolat.places.steps import Cgroup, Step
+from isolat.places.wired import WiredPlace
+from isolat.qemu import machine
+from isolat.trace import mark
+
+RECORD = "template.json"
+KEPT_S = 3600
+BOOT_S = 60.0
+_FIND_S = 5.0
+_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+_OVERHEAD_BYTES = 160 << 20  # of the QEMU that boots one: it loads kernel and initramfs and translates a whole boot
+
+
+@dataclass(frozen=True)
+class Template:
+    """One template, as it is listed."""
+
+    key: str
+    memory_bytes: int
+    cpus: int
+    accel: str
+    release: str
+    created_ns: int
+    used_bytes: int  # what its memory takes of this machine's
+
+    @property
+    def id(self) -> str:
+        return self.key[:16]
+
+
+@dataclass
+class _Open:
+    template: Template
+    link: Link
+    memory: int
+    state: int
+
+    def close(self) -> None:
+        os.close(self.memory)
+        os.close(self.state)
+        self.link.close()
+
+
+class Templates:
+    """All templates of one state root."""
+
+    def __init__(self, paths: StateRoot, keepers: Keepers, facts: Facts, blanks: Path) -> None:
+        self._dir = paths.root / "templates"
+        self._cgroup = paths.cgroup
+        self._keepers = keepers
+        self._facts = facts
+        self._holding = Holding(blanks, _no_template)
+        self._lock = threading.Lock()
+        self._making: dict[str, threading.Lock] = {}
+        self._open: dict[str, _Open] = {}
+
+    def start(self) -> None:
+        """Find those again that their keepers still hold; remove what is left of the others."""
+        with contextlib.suppress(FileNotFoundError):
+            for directory in sorted(self._dir.iterdir()):
+                try:
+                    found = self._find(directory)
+                except (IsolatError, OSError, ValueError, KeyError, TypeError) as error:
+                    log(f"the template {directory.name} is gone: {error}")
+                    found = None
+                if found is None:
+                    self._discard(directory)
+                else:
+                    self._open[found.template.key] = found
+
+    def close(self) -> None:
+        """Let go of them; their keepers go on for a while."""
+        with self._lock:
+            for one in self._open.values():
+                one.close()
+            self._open.clear()
+
+    def all(self) -> list[Template]:
+        with self._lock:
+            return sorted((one.template for one in self._open.values()), key=lambda found: found.created_ns)
+
+    def open(self, plan: TemplatePlan, d: Deadline) -> tuple[int, int]:
+        """The descriptors of its memory and its state, which stay its own. Makes it where there is none."""
+        with self._lock:
+            making = self._making.setdefault(plan.key, threading.Lock())
+        with making:
+            with self._lock:
+                found = self._open.get(plan.key)
+            if found is not None and found.link.closed:
+                self._lose(found)
+                found = None
+            if found is None:
+                found = self._make(plan, d.sooner(BOOT_S))
+                with self._lock:
+                    self._open[plan.key] = found
+            return found.memory, found.state
+
+    def remove(self, ref: str) -> Template:
+        """Remove the one whose key begins like this; clones of it go on. Raises NotFound."""
+        with self._lock:
+            keys = [key for key in self._open if ref and key.startswith(ref)]
+            if len(keys) != 1:
+                raise NotFound(f"no template {ref}", hint="`isolat template ls` lists them")
+            found = self._open.pop(keys[0])
+        self._end(found)
+        return found.template
+
+    def prune(self) -> list[Template]:
+        """Remove all. Machines that were cloned from them keep the memory that they use."""
+        removed = []
+        for template in self.all():
+            with contextlib.suppress(NotFound):
+                removed.append(self.remove(template.key))
+        return removed
+
+    # one template
+
+    def _make(self, plan: TemplatePlan, d: Deadline) -> _Open:
+        directory = self._dir / plan.key[:32]
+        self._discard(directory)
+        directory.mkdir(parents=True, mode=0o700)
+        log(f"booting a template: {plan.memory_bytes >> 20} MiB, {plan.cpus} CPUs, {plan.accel}, Linux {plan.release}")
+        link = self._keepers.start(directory, f"template {plan.key[:16]}", d, idle_s=KEPT_S)
+        place = WiredPlace(lambda _: link, self._facts)
+        steps = self._steps(plan)
+        try:
+            place.carry_out(steps, d)
+            self._holding.provide(plan.descriptors, None, place, d)
+            machine.save(place, self._command(plan), d)
+            opened = self._opened(plan, place, link, d)
+            place.drop((machine.MONITOR, f"{machine.MONITOR}-peer"), d)
+            place.revert(steps, d)
+            write_atomically(directory / RECORD, json.dumps(asdict(opened.template)))
+        except BaseException:
+            with contextlib.suppress(IsolatError):
+                place.revert(steps, Deadline(_FIND_S))
+            with contextlib.suppress(IsolatError):
+                quit_keeper(link, Deadline(_FIND_S))
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
+        mark("template-made")
+        return opened
+
+    def _opened(self, plan: TemplatePlan, place: WiredPlace, link: Link, d: Deadline) -> _Open:
+        """Its descriptors, sealed: from now on nobody can change what they hold, not even we."""
+        memory, state = place.fetch("ram", d), place.fetch("state", d)
+        try:
+            for fd in (memory, state):
+                fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+        except OSError as error:
+            os.close(memory)
+            os.close(state)
+            raise StoreError(f"a template's memory can't be sealed: {error.strerror}", stage="seal") from error
+        used = os.fstat(memory).st_blocks * 512
+        about = (plan.key, plan.memory_bytes, plan.cpus, plan.accel, plan.release, time.time_ns(), used)
+        return _Open(Template(*about), link, memory, state)
+
+    def _group(self, plan: TemplatePlan) -> str:
+        return f"{self._cgroup}/template-{plan.key[:16]}"
+
+    def _steps(self, plan: TemplatePlan) -> tuple[Step, ...]:
+        """A control group of its own: the pages that a boot touches first are charged to whoever boots."""
+        facts = self._facts.cgroups
+        paths = cgroup.directories(facts, self._group(plan), cgroup.PLAIN_V1)
+        limit = plan.memory_bytes + _OVERHEAD_BYTES
+        limits = cgroup.Limits(memory_bytes=limit, memory_swap_bytes=limit, pids=128)
+        return (Cgroup(paths, cgroup.writes(facts, self._group(plan), limits)),) if paths else ()
+
+    def _command(self, plan: TemplatePlan) -> Command:
+        facts = self._facts.cgroups
+        return replace(plan.guest, cgroup_files=cgroup.join_files(facts, self._group(plan)))
+
+    def _find(self, directory: Path) -> _Open | None:
+        record = directory / RECORD
+        if not record.exists():
+            return None
+        template = Template(**json.loads(record.read_text(encoding="utf-8")))
+        link = self._keepers.find(directory, f"template {template.id}", Deadline(_FIND_S))
+        if link is None:
+            return None
+        place = WiredPlace(lambda _: link, self._facts)
+        memory = place.fetch("ram", Deadline(_FIND_S))
+        return _Open(template, link, memory, place.fetch("state", Deadline(_FIND_S)))
+
+    def _lose(self, found: _Open) -> None:
+        log(f"the template {found.template.id} is lost: its keeper is gone")
+        with self._lock:
+            self._open.pop(found.template.key, None)
+        found.close()
+
+    def _end(self, found: _Open) -> None:
+        with contextlib.suppress(IsolatError):
+            quit_keeper(found.link, Deadline(_FIND_S))
+        found.close()
+        shutil.rmtree(self._dir / found.template.key[:32], ignore_errors=True)
+
+    def _discard(self, directory: Path) -> None:
+        """What is left of one: its keeper, if it lives, and its directory."""
+        with contextlib.suppress(IsolatError, OSError):
+            link = self._keepers.find(directory, directory.name, Deadline(_FIND_S))
+            if link is not None:
+                quit_keeper(link, Deadline(_FIND_S))
+        shutil.rmtree(directory, ignore_errors=True)
+
+    def __iter__(self) -> Iterator[Template]:
+        return iter(self.all())
+
+
+def _no_template(plan: TemplatePlan, _: Deadline) -> tuple[int, int]:
+    raise InternalError(f"the template {plan.key} is to be made from another one")

@@ -1,0 +1,161 @@
+"""A small pool of machines that are made before anybody asks: cloned, exercised once, and stopped.
+
+Under emulation a machine's first second is spent translating code, and what is translated lives in its process: only
+one that has already done what will be asked of it answers in milliseconds. A machine of the pool is an environment
+that is half made, with a handle that says so: a daemon that is killed leaves what the next one undoes like any other
+half-made environment. Each is given away once, with its id, and never comes back.
+
+Each kind (template, limits) that was asked for is kept ``most`` in number, for as long as it is asked for again and
+memory is plenty. They are made one after the other, at the lowest priority.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from isolat.engine import admission
+from isolat.engine.environment import Environment
+from isolat.engine.journal import log
+from isolat.errors import IsolatError
+
+DEFAULT_MOST = 2
+UNUSED_S = 600.0
+MEMORY_FREE_BYTES = 2 << 30  # with less than this available nothing is made in advance
+_PAUSE_S = 0.06  # after one was taken: who took it goes first
+_FAILED_S = 30.0
+_IDLE = os.SCHED_IDLE if hasattr(os, "SCHED_IDLE") else os.SCHED_OTHER
+
+Make = Callable[[], Environment]
+Undo = Callable[[Environment], None]
+
+
+@dataclass
+class _Kind:
+    make: Make
+    ready: list[Environment] = field(default_factory=list)
+    asked_s: float = 0.0
+    not_before_s: float = 0.0
+
+
+class WarmPool:
+    """``undo`` removes a machine that nobody took."""
+
+    def __init__(self, undo: Undo, most: int) -> None:
+        self._undo = undo
+        self._most = most
+        self._kinds: dict[str, _Kind] = {}
+        self._condition = threading.Condition()
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    def take(self, key: str, make: Make) -> Environment | None:
+        """One that is ready, or None. Either way more of this kind are made, with ``make``."""
+        if not self._most or not key:
+            return None
+        with self._condition:
+            if self._closed:
+                return None
+            kind = self._kinds.setdefault(key, _Kind(make))
+            kind.make, kind.asked_s = make, time.monotonic()
+            kind.not_before_s = max(kind.not_before_s, time.monotonic() + _PAUSE_S)
+            taken = kind.ready.pop(0) if kind.ready else None
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._fill, name="warm", daemon=True)
+                self._thread.start()
+            self._condition.notify_all()
+        return taken
+
+    def count(self) -> int:
+        """How many are ready."""
+        with self._condition:
+            return sum(len(kind.ready) for kind in self._kinds.values())
+
+    def close(self) -> None:
+        """Undo all that are ready, and make no more."""
+        with self._condition:
+            self._closed = True
+            self._condition.notify_all()
+            thread = self._thread
+        if thread is not None:
+            thread.join(60)
+        self.drain()
+
+    def drain(self) -> None:
+        """Undo all that are ready now."""
+        with self._condition:
+            ready = [env for kind in self._kinds.values() for env in kind.ready]
+            self._kinds.clear()
+        for env in ready:
+            self._undo(env)
+
+    # making them
+
+    def _fill(self) -> None:
+        _lowest_priority()
+        while True:
+            with self._condition:
+                work = self._next()
+                while work is None and not self._closed:
+                    self._condition.wait(self._wait_s())
+                    work = self._next()
+                if self._closed:
+                    return
+            if work is not None:
+                work()
+
+    def _wait_s(self) -> float:
+        now = time.monotonic()
+        soon = [kind.not_before_s - now for kind in self._kinds.values() if len(kind.ready) < self._most]
+        return max(0.005, min([*soon, 30.0]))
+
+    def _next(self) -> Callable[[], None] | None:
+        """What is to be done next, if anything; with the lock held."""
+        now = time.monotonic()
+        for key, kind in list(self._kinds.items()):
+            if now - kind.asked_s > UNUSED_S:
+                del self._kinds[key]
+                return partial(self._undo_all, kind)
+            if len(kind.ready) < self._most and kind.not_before_s <= now:
+                return partial(self._make, key, kind)
+        return None
+
+    def _undo_all(self, kind: _Kind) -> None:
+        for env in kind.ready:
+            self._undo(env)
+
+    def _make(self, key: str, kind: _Kind) -> None:
+        if admission.memory_available_bytes() < MEMORY_FREE_BYTES:
+            kind.not_before_s = time.monotonic() + _FAILED_S
+            return
+        try:
+            env = kind.make()
+        except (IsolatError, OSError) as error:
+            log(f"a machine could not be made in advance: {error}")
+            kind.not_before_s = time.monotonic() + _FAILED_S
+            return
+        with self._condition:
+            if not self._closed and self._kinds.get(key) is kind:
+                kind.ready.append(env)
+                return
+        self._undo(env)
+
+
+def _lowest_priority() -> None:
+    """This thread's, which what it starts inherits; ``normal_priority`` gives it back to a machine that is taken."""
+    with contextlib.suppress(OSError):
+        os.sched_setscheduler(0, _IDLE, os.sched_param(0))
+
+
+def normal_priority(pid: int) -> None:
+    """Every thread of this process is scheduled like others again (sched(7))."""
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(OSError):
+                os.sched_setscheduler(int(task.name), os.SCHED_OTHER, os.sched_param(0))

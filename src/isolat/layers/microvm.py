@@ -1,0 +1,476 @@
+"""The microVM: a kernel of its own, which knows that it is a guest and uses the host's drivers through virtio.
+
+QEMU is the only program between the guest and the host: without privileges, in namespaces of its own, with a uid
+that nobody else has, behind QEMU's own system call filter. It gets everything as open descriptors and finds no path.
+
+Where it can, a machine is a clone of a template (docs/layers/microvm.md): it maps the template's sealed memory
+privately and continues where that was saved, with fresh randomness, clock and names before anything of anybody runs.
+Inside, the agent carries out the same steps that a keeper carries out outside: the image's EROFS file is the first
+disk, the writable part an ext4 of the asked size on the second, an overlay of both the application's root.
+
+Options, under ``x-microvm``:
+
+- ``template``: false boots a machine that shares no memory with any other (default true)
+- ``park_s``: after how many seconds without a word an idle machine is stopped until something is asked (0: never)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+import signal
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from isolat.deadline import Deadline
+from isolat.errors import DeadlineExceeded, InternalError, Unsupported
+from isolat.guest import blank
+from isolat.layers import common
+from isolat.layers.base import (
+    GUEST,
+    Boundary,
+    Capabilities,
+    Descriptor,
+    Frame,
+    ImageRef,
+    Job,
+    Layer,
+    MachineKit,
+    Plan,
+    Probe,
+    Source,
+    TemplatePlan,
+)
+from isolat.linux import cgroup
+from isolat.places.base import CgroupFacts, CgroupMode, Command, Exit, Facts, Identity, Io, Needs, Place, Proc
+from isolat.places.rooted import RootedPlace
+from isolat.places.steps import (
+    MS_BIND,
+    MS_NOATIME,
+    MS_NODEV,
+    MS_NOEXEC,
+    MS_NOSUID,
+    MS_RDONLY,
+    MS_REC,
+    Cgroup,
+    MakeDir,
+    Mount,
+    PutFile,
+    Step,
+)
+from isolat.qemu import argv, machine
+from isolat.trace import mark
+
+INSIDE = "/run/isolat"
+ROOT = f"{INSIDE}/root"
+IMAGE, DISK, TOOLS = f"{INSIDE}/image", f"{INSIDE}/disk", f"{INSIDE}/tools"
+GROUP = "/sys/fs/cgroup/isolat-application"
+OPTIONS = frozenset({"template", "park_s"})
+MEMORY_MIN_BYTES = 96 << 20
+PARK_S = 10.0
+THREADS_MAX = 128  # of QEMU: one for each processor, one for each file that is just read, and a few
+ENTROPY_BYTES = 64
+SPACES = 0x00020000 | 0x04000000 | 0x08000000 | 0x20000000 | 0x40000000  # NEWNS, NEWUTS, NEWIPC, NEWPID, NEWNET
+_SYSTEM = MS_NOSUID | MS_NOEXEC | MS_NODEV
+_ENTROPY_DEVICES = {"vda": "/dev/vda", "vdb": "/dev/vdb", "vdc": "/dev/vdc"}
+
+
+class MicrovmLayer(Layer):
+    name: ClassVar[str] = "microvm"
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        boundary=Boundary.KERNEL,
+        enter=True,
+        limits=frozenset({"memory", "cpus", "pids", "disk"}),
+        networks=frozenset({"none"}),
+        tmpfs=True,
+        read_only=True,
+        users=True,
+        hostname=True,
+        own_uids=True,
+        machine=True,
+    )
+
+    def probe(self, place: Place, d: Deadline) -> Probe:
+        """Ready where root is given and QEMU is there; what it can do is asked when a machine is made."""
+        facts = place.facts
+        if not facts.root:
+            return Probe(False, "it needs root, and the place does not give it", "put it on the machine, as root")
+        if facts.tool("qemu-system-x86_64") is None:
+            return Probe(False, "QEMU was not found", "apt-get install qemu-system-x86")
+        if facts.machine != "x86_64":
+            return Probe(False, f"machines of {facts.machine} are not made yet", "use an x86_64 machine")
+        if facts.cgroups.mode is CgroupMode.NONE:
+            return Probe(False, "no control groups are mounted, so nothing could be limited", "mount cgroup2")
+        return Probe(True)
+
+    def plan(self, job: Job, probe: Probe) -> Plan:
+        common.check(job, self.name, self.capabilities)
+        options = _options(job)
+        kit = _kit(job)
+        asked = _machine(job, kit)
+        templated = _templated(options, kit)
+        guest = _guest(job, kit, replace(asked, incoming=templated), _park_s(options))
+        template = _template(job, kit, asked, guest) if templated else None
+        outer = not job.command
+        return Plan(
+            steps=_outside(job, argv.memory_overhead_bytes(asked)),
+            guest=guest,
+            main=None if outer else replace(common.main(job, common.hostname(job)), root=ROOT, cgroup_files=_join()),
+            needs=Needs(job.spec.memory_bytes, job.spec.cpus, job.spec.disk_bytes, _digests(job)),
+            descriptors=_descriptors(job, kit, template),
+            inside=_stacked_steps() if outer else _inside(job),
+            template=template,
+            options=(
+                ("cloned", templated),
+                ("host", common.hostname(job)),
+                ("mac", mac(job.id)),
+                ("outer", outer),
+                ("release", kit.release),
+                ("cpus", asked.cpus),
+            ),
+        )
+
+    def start(self, frame: Frame, place: Place, io: Io, d: Deadline) -> Proc | None:
+        disks = {"vda": ("image", True), "vdb": ("disk", False)}
+        if frame.option("outer"):
+            disks["vdc"] = ("tools", True)
+        _begin(frame, place, disks, d)
+        return self._settle_in(frame, place, tuple(disks), frame.inside, io, d)
+
+    def _settle_in(
+        self, frame: Frame, place: Place, changed: tuple[str, ...], steps: tuple[Step, ...], io: Io, d: Deadline
+    ) -> Proc | None:
+        """Make the machine this environment's own, then start the application."""
+        inside = place.inside(GUEST, place.facts)
+        inside.resume(_identity(frame, changed), d)
+        mark("machine-resumed")
+        inside.carry_out(steps, d)
+        mark("machine-prepared")
+        if frame.main is None:
+            return None
+        return place.spawn(frame.main_key, frame.main, replace(io, main=True), d)
+
+    # in advance
+
+    def warm_key(self, job: Job) -> str:
+        options = _options(job)
+        if job.machine is None or not job.command or not _templated(options, job.machine):
+            return ""
+        spec = job.spec
+        asked = argv.template_key(_machine(job, job.machine), job.machine.guest_key, job.machine.qemu_identity)
+        limits = (asked, spec.disk_bytes, spec.cpus, spec.cpu_shares, spec.memory_swap_bytes, _park_s(options))
+        return "/".join(str(limit) for limit in limits)
+
+    def warm_job(self, job: Job) -> Job:
+        spec = replace(job.spec, hostname="", user="", tmpfs=(), volumes=(), read_only=False, working_dir="")
+        return replace(job, spec=spec, image=None, command=("/bin/isolat-init",), env=())
+
+    def warm_up(self, frame: Frame, place: Place, d: Deadline) -> None:
+        _begin(frame, place, {"vdb": ("disk", False), "vdc": ("tools", True)}, d)
+        inside = place.inside(GUEST, place.facts)
+        for _ in range(2):
+            inside.resume(_identity(frame, ("vda", "vdb", "vdc")), d)
+            inside.carry_out((*_disk_steps(), *_exercise_steps()), d)
+            _exercise(inside, d)
+            inside.revert(_exercise_steps(), d)
+        place.signal(GUEST, signal.SIGSTOP, d)
+
+    def take(self, frame: Frame, place: Place, io: Io, d: Deadline) -> Proc | None:
+        place.signal(GUEST, signal.SIGCONT, d)
+        with machine.monitor(place, d) as qmp:
+            machine.swap(place, qmp, "vda", "image", read_only=True, d=d)
+        mark("machine-swapped")
+        done = set(_disk_steps())
+        steps = tuple(step for step in frame.inside if step not in done)
+        return self._settle_in(frame, place, ("vda",), steps, io, d)
+
+    # the end
+
+    def stop(self, frame: Frame, place: Place, grace_s: float, d: Deadline) -> Exit:
+        """As for every layer; a machine that does not even take the signal is killed."""
+        with contextlib.suppress(DeadlineExceeded):
+            return super().stop(frame, place, grace_s, d)
+        place.signal(GUEST, signal.SIGKILL, d)
+        return replace(place.wait(frame.main_key, d), forced=True)
+
+    def inside(self, frame: Frame, place: Place) -> Place:
+        """The application's root; for a layer inside, the machine itself."""
+        inside = place.inside(GUEST, guest_facts(place.facts, frame))
+        return inside if frame.main is None else RootedPlace(inside, ROOT, _join())
+
+
+def guest_facts(outer: Facts, frame: Frame) -> Facts:
+    """What the inside of every machine of ours is: made by us, so known without looking."""
+    return Facts(
+        kernel=str(frame.option("release") or "guest"),
+        machine=outer.machine,
+        cgroups=CgroupFacts(CgroupMode.V2, (("unified", "/sys/fs/cgroup"),)),
+        tools=(("crun", "/bin/crun"),),
+        features=("userns", "overlay", "erofs", "idmap"),
+        cpus=int(frame.option("cpus") or 1),
+        memory_bytes=outer.memory_bytes,
+        root=True,
+    )
+
+
+def mac(id: str) -> str:
+    """A locally administered address (52:54:00 is QEMU's) that follows from the id."""
+    digest = hashlib.sha256(f"mac {id}".encode()).digest()
+    return "52:54:00:" + ":".join(f"{byte:02x}" for byte in digest[:3])
+
+
+def machine_id(id: str) -> str:
+    """machine-id(5): 32 hexadecimal digits that nobody outside learns the environment's id from."""
+    return hashlib.sha256(f"machine-id {id}".encode()).hexdigest()[:32]
+
+
+def _options(job: Job) -> Mapping[str, Any]:
+    options = job.spec.option("microvm")
+    common.check_options("microvm", options, OPTIONS)
+    if not isinstance(options.get("template", True), bool):
+        raise Unsupported(f"x-microvm: template is {options['template']!r}", hint="it may be true or false")
+    park_s = options.get("park_s", PARK_S)
+    if isinstance(park_s, bool) or not isinstance(park_s, (int, float)) or not 0 <= park_s <= 86400:
+        raise Unsupported(f"x-microvm: park_s is {park_s!r}", hint="it is a number of seconds; 0: never")
+    return options
+
+
+def _park_s(options: Mapping[str, Any]) -> float:
+    return float(options.get("park_s", PARK_S))
+
+
+def _templated(options: Mapping[str, Any], kit: MachineKit) -> bool:
+    return kit.templates and bool(options.get("template", True))
+
+
+def _kit(job: Job) -> MachineKit:
+    if job.machine is None:
+        raise InternalError(f"the layer microvm was asked to plan {job.id} without a kernel and QEMU")
+    return job.machine
+
+
+def _machine(job: Job, kit: MachineKit) -> argv.Machine:
+    if job.spec.memory_bytes < MEMORY_MIN_BYTES:
+        raise Unsupported(
+            f"a machine with {job.spec.memory_bytes >> 20} MiB of memory does not boot",
+            hint=f"give it at least {MEMORY_MIN_BYTES >> 20} MiB, or use the container layer",
+        )
+    if job.spec.disk_bytes < blank.MIN_BYTES:
+        raise Unsupported(
+            f"a disk of {job.spec.disk_bytes >> 20} MiB is too small for a file system",
+            hint=f"give it at least {blank.MIN_BYTES >> 20} MiB",
+        )
+    return argv.Machine(
+        binary=kit.qemu,
+        accel=kit.accel,
+        cpu=argv.KVM_CPU if kit.accel == "kvm" else argv.TCG_CPU,
+        memory_mib=job.spec.memory_bytes >> 20,
+        cpus=_cpus(job),
+        tsc_khz=kit.tsc_khz if kit.accel == "tcg" else 0,
+        vmlinux=kit.kernel,
+        initramfs=kit.initramfs,
+        sandbox=kit.sandbox,
+    )
+
+
+def _cpus(job: Job) -> int:
+    """One processor unless more were asked for: under emulation a second one costs more than it brings."""
+    return max(1, math.ceil(job.spec.cpus)) if "cpus" in common.limits_asked(job) else 1
+
+
+def _digests(job: Job) -> tuple[str, ...]:
+    return (job.image.digest,) if job.image else ()
+
+
+def _guest(job: Job, kit: MachineKit, asked: argv.Machine, park_s: float) -> Command:
+    return Command(
+        argv=argv.microvm_argv(asked),
+        env=(("PATH", common.PATH), ("MALLOC_ARENA_MAX", "1")),
+        user=f"{job.uid_base}:{job.uid_base}",
+        root=kit.jail,
+        cgroup_files=cgroup.join_files(job.facts.cgroups, job.cgroup),
+        control=True,
+        serial=True,
+        held=("ram", "qmp-peer", "state") if asked.incoming else ("ram", "qmp-peer"),
+        spaces=SPACES,
+        park_s=park_s,
+    )
+
+
+def _template(job: Job, kit: MachineKit, asked: argv.Machine, guest: Command) -> TemplatePlan:
+    booted = replace(asked, share=True)
+    return TemplatePlan(
+        key=argv.template_key(asked, kit.guest_key, kit.qemu_identity),
+        guest=replace(guest, argv=argv.microvm_argv(booted), cgroup_files=(), held=("ram", "qmp-peer"), park_s=0.0),
+        descriptors=(
+            Descriptor("ram", Source.MEMORY, size_bytes=asked.memory_mib << 20),
+            Descriptor("state", Source.MEMORY),
+            Descriptor(machine.MONITOR, Source.PAIR),
+        ),
+        memory_bytes=asked.memory_mib << 20,
+        cpus=asked.cpus,
+        accel=kit.accel,
+        release=kit.release,
+    )
+
+
+def _descriptors(job: Job, kit: MachineKit, template: TemplatePlan | None) -> tuple[Descriptor, ...]:
+    size = (job.spec.memory_bytes >> 20) << 20
+    memory = (
+        (Descriptor("ram", Source.TEMPLATE_MEMORY, template.key), Descriptor("state", Source.TEMPLATE_STATE))
+        if template
+        else (Descriptor("ram", Source.MEMORY, size_bytes=size),)
+    )
+    image = (Descriptor("image", Source.FILE, job.image.file),) if job.image else ()
+    return (
+        *memory,
+        Descriptor(machine.MONITOR, Source.PAIR),
+        *image,
+        Descriptor("disk", Source.DISK, f"{job.dir}/disk.img", job.spec.disk_bytes, writable=True),
+        *((Descriptor("tools", Source.FILE, kit.tools),) if not job.image or not job.command else ()),
+    )
+
+
+def _outside(job: Job, overhead_bytes: int) -> tuple[Step, ...]:
+    """The control group around QEMU: the guest's memory, and what QEMU needs for itself."""
+    facts = job.facts.cgroups
+    paths = cgroup.directories(facts, job.cgroup, cgroup.PLAIN_V1)
+    if not paths:
+        return ()
+    limits = cgroup.limits_of(job.spec)
+    memory = job.spec.memory_bytes + overhead_bytes
+    swap = max(memory, limits.memory_swap_bytes + overhead_bytes)
+    limits = replace(limits, memory_bytes=memory, memory_swap_bytes=swap, pids=THREADS_MAX)
+    return (Cgroup(paths, cgroup.writes(facts, job.cgroup, limits)),)
+
+
+# in the guest
+
+
+def _join() -> tuple[str, ...]:
+    return (f"{GROUP}/cgroup.procs",)
+
+
+def _disk_steps() -> tuple[Step, ...]:
+    """The writable part: the same in every machine, so done in advance where there is one."""
+    return (
+        MakeDir(DISK, 0o700),
+        Mount("/dev/vdb", DISK, "ext4", "noinit_itable", MS_NOATIME | MS_NODEV),
+        MakeDir(f"{DISK}/u", 0o755),
+        MakeDir(f"{DISK}/w", 0o700),
+        MakeDir(f"{DISK}/u/etc", 0o755),
+    )
+
+
+def _inside(job: Job) -> tuple[Step, ...]:
+    host = common.hostname(job)
+    if job.image is None:  # a machine made in advance: nobody's yet
+        return ()
+    return (
+        *_disk_steps(),
+        *_image_steps(),
+        *_names(job, host),
+        *(MakeDir(f"{DISK}/u{tmpfs.target}") for tmpfs in job.spec.tmpfs),
+        *_overlay(IMAGE, f"{DISK}/u", f"{DISK}/w", ROOT, read_only=job.spec.read_only),
+        Mount("proc", f"{ROOT}/proc", "proc", flags=_SYSTEM),
+        Mount("sysfs", f"{ROOT}/sys", "sysfs", flags=_SYSTEM | MS_RDONLY),
+        Mount("/dev", f"{ROOT}/dev", "", flags=MS_BIND | MS_REC),
+        *_memories(job),
+        Cgroup((GROUP,), ((f"{GROUP}/pids.max", str(job.spec.pids_limit)),) if job.spec.pids_limit else ()),
+    )
+
+
+def _image_steps() -> tuple[Step, ...]:
+    return (MakeDir(IMAGE, 0o700), Mount("/dev/vda", IMAGE, "erofs", "", MS_RDONLY | MS_NODEV))
+
+
+def _names(job: Job, host: str) -> tuple[Step, ...]:
+    hosts = f"127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{host}\n"
+    texts = (
+        ("hostname", f"{host}\n"),
+        ("hosts", hosts),
+        ("resolv.conf", ""),
+        ("machine-id", f"{machine_id(job.id)}\n"),
+    )
+    return tuple(PutFile(f"{DISK}/u/etc/{name}", text) for name, text in texts)
+
+
+def _overlay(lower: str, upper: str, work: str, at: str, *, read_only: bool = False) -> tuple[Step, ...]:
+    options = f"lowerdir={lower},upperdir={upper},workdir={work},volatile"
+    return (MakeDir(at, 0o755), Mount("overlay", at, "overlay", options, MS_RDONLY if read_only else 0))
+
+
+def _memories(job: Job) -> tuple[Step, ...]:
+    return tuple(
+        Mount("tmpfs", f"{ROOT}{tmpfs.target}", "tmpfs", f"size={tmpfs.size_bytes},mode=1777", MS_NOSUID | MS_NODEV)
+        for tmpfs in job.spec.tmpfs
+    )
+
+
+def _stacked_steps() -> tuple[Step, ...]:
+    """What a layer inside finds: the image and the tools, mounted, and a place to write to."""
+    return (
+        *_disk_steps(),
+        *_image_steps(),
+        MakeDir(TOOLS, 0o755),
+        Mount("/dev/vdc", TOOLS, "erofs", "", MS_RDONLY | MS_NODEV),
+    )
+
+
+def inner_image(image: ImageRef) -> ImageRef:
+    """An image as the inside of a machine sees it."""
+    return replace(image, mount=IMAGE, file="", binds=())
+
+
+# a machine's beginning
+
+
+def _begin(frame: Frame, place: Place, disks: Mapping[str, tuple[str, bool]], d: Deadline) -> None:
+    if frame.guest is None:
+        raise InternalError("a machine has no command")
+    start = machine.clone if frame.option("cloned") else machine.boot
+    start(place, frame.guest, disks, d)
+
+
+def _identity(frame: Frame, changed: tuple[str, ...]) -> Identity:
+    return Identity(
+        entropy=os.urandom(ENTROPY_BYTES),
+        time_ns=time.time_ns(),
+        host=str(frame.option("host") or ""),
+        mac=str(frame.option("mac") or ""),
+        devices=tuple(_ENTROPY_DEVICES[name] for name in changed),
+    )
+
+
+_EXERCISE = f"{INSIDE}/exercise"
+
+
+def _exercise_steps() -> tuple[Step, ...]:
+    """What an application's root is made of, over the tools instead of an image."""
+    return (
+        MakeDir(TOOLS, 0o755),
+        Mount("/dev/vdc", TOOLS, "erofs", "", MS_RDONLY | MS_NODEV),
+        MakeDir(f"{DISK}/exercise/u"),
+        MakeDir(f"{DISK}/exercise/w"),
+        *_overlay(TOOLS, f"{DISK}/exercise/u", f"{DISK}/exercise/w", _EXERCISE),
+        PutFile(f"{DISK}/u/etc/exercise", "exercise\n"),
+        MakeDir(f"{_EXERCISE}/proc"),
+        Mount("proc", f"{_EXERCISE}/proc", "proc", flags=_SYSTEM),
+        MakeDir(f"{_EXERCISE}/dev"),
+        Mount("/dev", f"{_EXERCISE}/dev", "", flags=MS_BIND | MS_REC),
+        Cgroup((GROUP,), ((f"{GROUP}/pids.max", "64"),)),
+    )
+
+
+def _exercise(inside: Place, d: Deadline) -> None:
+    """Start what ends at once, the way an application is started."""
+    command = Command(("/bin/isolat-init",), env=(("PATH", "/bin"),), root=_EXERCISE, cgroup_files=_join())
+    for n in range(3):
+        key = f"exercise-{n}"
+        inside.spawn(key, command, Io(stdin=n == 1), d)
+        inside.wait(key, d)
+        inside.forget(key, d)

@@ -1,0 +1,89 @@
+"""From a machine's command to the moment when something can be started in it: booted, or cloned from a template.
+
+Everything goes through the keeper: it starts QEMU, holds its monitor's other end (``qmp``), its memory and its disks.
+A daemon that is killed in between leaves a machine that the next one can find, ask and end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator, Mapping
+
+from isolat.deadline import Deadline
+from isolat.errors import IsolatError
+from isolat.layers.base import GUEST
+from isolat.places.base import Command, Io, Place
+from isolat.qemu import dialogue
+from isolat.qemu.qmp import Qmp
+from isolat.trace import mark
+
+MONITOR = "qmp"
+STATE_DESCRIPTOR = 6  # of QEMU's process: 3 is the agent's channel, 4 the memory, 5 the monitor
+_LAST_WORDS_S = 5.0
+
+
+@contextlib.contextmanager
+def monitor(place: Place, d: Deadline) -> Iterator[Qmp]:
+    """The machine's monitor, for as long as one dialogue takes."""
+    with Qmp.connect(socket.socket(fileno=place.fetch(MONITOR, d)), d) as qmp:
+        yield qmp
+
+
+def boot(place: Place, command: Command, disks: Mapping[str, tuple[str, bool]], d: Deadline) -> None:
+    """Start a machine that is not a clone, and wait for its agent.
+
+    ``disks``: device to (name of the held descriptor, read-only).
+    """
+    _start(place, command, disks, None, d)
+
+
+def clone(place: Place, command: Command, disks: Mapping[str, tuple[str, bool]], d: Deadline) -> None:
+    """Start a machine with a template's state, and wait for its agent."""
+    _start(place, command, disks, STATE_DESCRIPTOR, d)
+
+
+def _start(
+    place: Place, command: Command, disks: Mapping[str, tuple[str, bool]], state: int | None, d: Deadline
+) -> None:
+    starting = place.begin(GUEST, command, Io(), d)
+    try:
+        with monitor(place, d) as qmp:
+            mark("machine-monitor")
+            if state is not None:
+                dialogue.load(qmp, state, d)
+                mark("machine-loaded")
+            for device, (name, read_only) in disks.items():
+                swap(place, qmp, device, name, read_only=read_only, d=d)
+            dialogue.cont(qmp, d)
+            mark("machine-runs")
+    except IsolatError:
+        # Where it has died, the keeper knows its last words; what the monitor says is only that it is closed.
+        starting.finish(d.sooner(_LAST_WORDS_S))
+        raise
+    starting.finish(d)
+    mark("agent-greeted")
+
+
+def swap(place: Place, qmp: Qmp, device: str, name: str, *, read_only: bool, d: Deadline) -> None:
+    """Put the held file ``name`` behind the disk ``device``."""
+    fd = place.fetch(name, d)
+    try:
+        dialogue.swap_disk(qmp, device, name, fd, read_only=read_only, d=d)
+    finally:
+        os.close(fd)
+
+
+def save(place: Place, command: Command, d: Deadline) -> None:
+    """Boot a machine, save its state to the held descriptor ``state`` and end it: what a template is made of."""
+    boot(place, command, {}, d)
+    place.inside(GUEST, place.facts).settle(d)
+    state = place.fetch("state", d)
+    try:
+        with monitor(place, d) as qmp:
+            dialogue.save(qmp, d, to=state)
+            dialogue.quit_(qmp, d)
+    finally:
+        os.close(state)
+    place.wait(GUEST, d)
