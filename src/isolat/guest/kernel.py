@@ -9,7 +9,9 @@ QEMU starts an uncompressed kernel by the PVH entry point (QEMU's docs, "microvm
 bzImage), which spares a machine without hardware virtualization the emulated decompression: so the ELF is taken out
 of the bzImage once (Documentation/arch/x86/boot.rst: payload_offset, payload_length).
 
-What the kernel's command line should say for a microVM under TCG is in ``KERNEL_ARGUMENTS``.
+Its boot was measured under TCG (QEMU 7.2, microvm, one processor, 128 MiB, medians of 4): 1.7 s to the agent's first
+answer, 1.4 s with ``KERNEL_ARGUMENTS``. Of no measurable use: lpj, no_timer_check, nowatchdog, random.trust_cpu,
+audit=0, lsm=, rcupdate.rcu_expedited, leaving initcalls out, modules without their signatures.
 """
 
 from __future__ import annotations
@@ -37,6 +39,10 @@ from isolat.linux import child
 
 PACKAGE = "linux-image-cloud-amd64"
 VMLINUX, MODULES, RELEASE = "vmlinux", "modules", "release"
+VMLINUZ = "vmlinuz"  # the bzImage, for a boot loader
+# Beside what QEMU's machine asks for (qemu/argv.py). The self-tests of the kernel's ciphers take 0.2 to 0.3 s emulated,
+# and a kernel that came through the package's signature need not prove itself at each boot.
+KERNEL_ARGUMENTS = ("cryptomgr.notests",)
 _DOWNLOAD_S = 1800.0
 _UNPACK_S = 300.0
 _STAGE = "fetching a kernel"
@@ -55,7 +61,7 @@ class Kernel:
 
 
 def fetch(into: Path, package: str = PACKAGE, progress: Progress = no_progress, d: Deadline = NEVER) -> Kernel:
-    """Fetch ``package``, and what it depends on for its kernel, and leave ``into``/vmlinux and ``into``/modules.
+    """Fetch ``package``, and what it depends on for its kernel, and leave ``into``/vmlinux, vmlinuz and modules.
 
     ``into`` must not exist; after a failure it does not. Its parent gets a temporary directory meanwhile.
     Raises Unsupported where there is no apt, StoreError where nothing can be fetched or it is no kernel.
@@ -214,6 +220,7 @@ def _assemble(tree: Path, out: Path, package: str) -> str:
     out.mkdir()
     (out / VMLINUX).write_bytes(extract(images[0].read_bytes(), package))
     (out / RELEASE).write_text(f"{directories[0].name}\n")
+    images[0].rename(out / VMLINUZ)
     directories[0].rename(out / MODULES)
     return directories[0].name
 
