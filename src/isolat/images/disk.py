@@ -8,7 +8,8 @@ partition, with the owners, modes and extended attributes that they have. It rea
 No loop device, no chroot, nothing of the image is run.
 
 The same input gives the same bytes: fixed UUIDs and hash seed, the present time set by E2FSPROGS_FAKE_TIME (e2fsprogs
-1.47.0 does not know SOURCE_DATE_EPOCH yet), GRUB without a time in it.
+1.47.0 does not know SOURCE_DATE_EPOCH yet), GRUB without a time in it. All but one thing: mkfs.ext4 copies each file's
+time of change, which nobody can set, so those of our own small tree differ.
 
 The disk is a sparse file, so its size costs nothing; what the guest writes must go somewhere else: it is a base.
 """
@@ -36,8 +37,8 @@ from isolat.linux import child, confine
 VERSION = 1  # of what this module makes of the same input
 DEVICE = "/dev/vda1"
 AGENT = "usr/libexec/isolat/isolat-agent"
-INITS = ("usr/lib/systemd/systemd", "lib/systemd/systemd")
-IN_INITRD = ("virtio_pci", "virtio_blk", "ext4")
+INITS = ("lib/systemd/systemd", "usr/lib/systemd/systemd")
+IN_INITRD = ("virtio_pci", "virtio_blk", "ext4", "virtio_console")  # the last: an agent also where there is no udev
 KERNEL_ARGUMENTS = (
     *("console=tty0", "console=ttyS0", "quiet", "panic=-1", "mitigations=off", "no_timer_check", "nowatchdog"),
     *("random.trust_cpu=on", "audit=0", "lsm=landlock,yama", "cryptomgr.notests", "systemd.show_status=auto"),
@@ -89,13 +90,21 @@ def find_kernel(tree: Path) -> PcKernel:
     raise StoreError(f"there is no kernel with its modules in {tree}", stage=_STAGE)
 
 
+def init_of(root: Path) -> str:
+    """The path of the image's systemd. Raises Unsupported where it has none."""
+    for name in INITS:
+        if (root / name).is_file():
+            return f"/{name}"
+    raise Unsupported(
+        "this image has no systemd (/lib/systemd/systemd), so a whole PC can't boot from it",
+        hint="use the image debian-systemd, which `isolat image bootstrap debian-systemd` makes; further packages: "
+        "`--include NAME,…`",
+    )
+
+
 def check(root: Path) -> None:
     """Raises Unsupported, with the remedy, for an image that can't boot, and where a program is missing here."""
-    if not any((root / name).is_file() for name in INITS):
-        raise Unsupported(
-            "this image has no systemd, so a whole PC can't boot from it",
-            hint="use the image debian-systemd: isolat image bootstrap debian-systemd",
-        )
+    init_of(root)
     grub.check()
     for program, package in (("mkfs.ext4", "e2fsprogs"), ("depmod", "kmod")):
         if shutil.which(program, path=child.SAFE_PATH) is None:
@@ -217,7 +226,7 @@ def make_added(added: Path, image: Path, kernel: PcKernel, agent: Path, d: Deadl
         _put(added / name, text.encode())
     _put(added / "boot/grub/grub.cfg", grub.configuration(" ".join((f"root={DEVICE} rw", *KERNEL_ARGUMENTS))).encode())
     _put(added / "boot/vmlinuz", kernel.vmlinuz.read_bytes())
-    _put(added / "boot/initrd.img", initrd(kernel, agent))
+    _put(added / "boot/initrd.img", initrd(kernel, agent, init_of(image)))
     _put(added / AGENT, agent.read_bytes(), 0o755)
     for name, target in units.links().items():
         _parents(added / name)
@@ -226,7 +235,7 @@ def make_added(added: Path, image: Path, kernel: PcKernel, agent: Path, d: Deadl
     _set_times(added)
 
 
-def initrd(kernel: PcKernel, agent: Path) -> bytes:
+def initrd(kernel: PcKernel, agent: Path, init: str) -> bytes:
     """The agent as /init, which mounts the disk's root and becomes its init (native/switchroot.c)."""
     found = modules.closure(Kernel(kernel.release, kernel.vmlinuz, kernel.modules), required=IN_INITRD, wanted=())
     entry, file, directory = initramfs.Entry, 0o100000, 0o040755
@@ -235,7 +244,7 @@ def initrd(kernel: PcKernel, agent: Path) -> bytes:
         [
             *(entry(name, directory) for name in ("dev", "modules", "root")),
             entry("init", file | 0o755, agent.read_bytes()),
-            entry("switch-root", file | 0o600, f"{DEVICE} ext4 - /sbin/init\n".encode()),
+            entry("switch-root", file | 0o600, f"{DEVICE} ext4 - {init}\n".encode()),
             entry("modules/order", file | 0o600, order.encode()),
             *(entry(f"modules/{modules.file_name(path)}", file | 0o600, read_compressed(path)) for path in found),
         ]
