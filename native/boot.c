@@ -110,7 +110,6 @@ static void move_to_real_root(void)
     }
     if (mount(".", "/", NULL, MS_MOVE, NULL) || chroot(".") || chdir("/"))
         tell("moving the root: %s", strerror(errno));
-    mount(NULL, "/", NULL, MS_REC | MS_SHARED, NULL);
 }
 
 /* Where a loader looks for itself and for libraries, and a shell for programs: in the tools, when they are there. */

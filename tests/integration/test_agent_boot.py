@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ pytestmark = [
 BOOT_S = 60.0
 MS_RDONLY, MS_NOATIME, MS_BIND = 1, 1024, 4096
 IMAGE, DISK, ROOT = "/run/isolat/image", "/run/isolat/disk", "/run/isolat/root"
+ALARM = "#include <unistd.h>\nint main(void) { alarm(1000); return pause(); }\n"
 PROGRAMS = ("sh", "cat", "sleep", "head", "stty", "id")
 
 
@@ -69,7 +71,9 @@ class Guest:
 def boot(directory: Path) -> Machine:
     files = guest_files()
     image, disk = directory / "image.erofs", directory / "disk.ext4"
-    qemu.make_image(image, PROGRAMS)
+    alarm = directory / "alarm"
+    subprocess.run(["gcc", "-static", "-xc", "-", "-o", alarm], input=ALARM, text=True, check=True)
+    qemu.make_image(image, (*PROGRAMS, str(alarm)))
     blank.copy_sparse(blank.blank(CACHE, 1 << 30), disk)
     tsc = (f"tsc_early_khz={tsc_khz()}", "lpj=4000000", "mitigations=off")
     always = ("console=ttyS0", "quiet", "panic=-1", "reboot=t", "no_timer_check")
@@ -172,6 +176,17 @@ def test_a_machine_knows_when_it_is_idle(guest: Guest) -> None:
     guest.c.start(7, ["sleep", "1"], [(k.T_ROOT, ROOT.encode())])
     assert guest.idle() in range(1001)
     guest.c.finish(7)
+    wait_for(lambda: guest.idle() == -1, "rest again")
+
+
+def test_an_alarm_keeps_a_machine_awake(guest: Guest) -> None:
+    wait_for(lambda: guest.idle() == -1, "rest")
+    guest.c.start(10, ["alarm"], [(k.T_ROOT, ROOT.encode())])
+    for _ in range(20):
+        assert guest.idle() == 0
+        time.sleep(0.01)
+    guest.c.ask(k.SIGNAL, [(k.T_KEY, "p10"), (k.T_SIGNAL, 9), (k.T_SCOPE, k.SCOPE_PROCESS)])
+    guest.c.finish(10)
     wait_for(lambda: guest.idle() == -1, "rest again")
 
 
