@@ -28,6 +28,7 @@ tools:
 
 setup: root tools
 	@$(SETUP) image
+	@$(SETUP) guest
 
 demo: setup
 	@scripts/demo.sh

@@ -5,6 +5,7 @@
 #   scripts/setup.sh venv                  .venv with Isolat (editable) and its tools
 #   scripts/setup.sh native                the C programs
 #   scripts/setup.sh launcher              .venv/bin/isolat and isolatd that start quickly
+#   scripts/setup.sh guest                 the kernel and initramfs of machines, in the default state root
 #   scripts/setup.sh image                 the image `debian` in the default state root
 #
 # What is there is looked at each time, so a stamp can't hide that somebody removed it.
@@ -120,10 +121,15 @@ setup_image() {
     has_image debian:latest || fail "the image debian is still not in $root" "run: .venv/bin/isolat image bootstrap debian"
 }
 
-[ $# -gt 0 ] || fail "say what is to be set up" "packages, venv, native, launcher, image"
+setup_guest() {
+    need_root "making what machines boot from"
+    "$venv/bin/python" -m isolat.guest "$root/guest" >&2
+}
+
+[ $# -gt 0 ] || fail "say what is to be set up" "packages, venv, native, launcher, image, guest"
 part=$1
 shift
 case $part in
-    packages | venv | native | launcher | image) "setup_$part" "$@" ;;
-    *) fail "there is nothing called $part to set up" "packages, venv, native, launcher, image" ;;
+    packages | venv | native | launcher | image | guest) "setup_$part" "$@" ;;
+    *) fail "there is nothing called $part to set up" "packages, venv, native, launcher, image, guest" ;;
 esac

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
-from isolat.engine.paths import DEFAULT_ROOT
+from isolat.engine.paths import DEFAULT_ROOT, native_dir
 from isolat.errors import NotFound
+from isolat.guest import files
 from isolat.images.bootstrap import bootstrap
 from isolat.images.store import ImageStore
 
@@ -16,6 +18,19 @@ IMAGE = "debian"
 def source_root() -> Path:
     """``ISOLAT_TEST_IMAGES`` names another root to take the image from."""
     return Path(os.environ.get("ISOLAT_TEST_IMAGES", DEFAULT_ROOT))
+
+
+def share_guest(root: Path) -> None:
+    """What machines boot from, made once into the machine's own state root and linked."""
+    source = source_root() / "guest"
+    files.ensure(source, native_dir())
+    target = root / "guest"
+    for path in sorted(source.rglob("*")):
+        if path.is_dir():
+            (target / path.relative_to(source)).mkdir(mode=0o711, parents=True, exist_ok=True)
+        elif path.name != "lock":
+            with contextlib.suppress(FileExistsError):
+                os.link(path, target / path.relative_to(source))
 
 
 def share(root: Path, name: str = IMAGE) -> str:

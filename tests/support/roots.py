@@ -277,6 +277,7 @@ def private_root(*, image: bool = True) -> Iterator[Root]:
     try:
         if image:
             images.share(root.path)
+            images.share_guest(root.path)
         yield root
         log = root.log()
         defects = [log[log.index("defect in") :][:4000]] if "defect in" in log else []

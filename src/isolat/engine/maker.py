@@ -175,20 +175,21 @@ class Maker:
         layer = stack[0]
         if kit is None or len(stack) > 1 or not isinstance(layer, CanWarm):
             return None
-        job = outer_job(Request(new_id(), "", spec, {}, None, 0, "", machine=kit), self.nowhere(), self._paths, ("",))
-        key = layer.warm_key(job)
-        found = self.warm.take(key, lambda: self._make_in_advance(layer, spec, kit))
+        image = self._image("", spec.image)
+        request = Request(new_id(), "", spec, {}, image, 0, "", machine=kit)
+        key = layer.warm_key(outer_job(request, self.nowhere(), self._paths, ("",)))
+        found = self.warm.take(key, lambda: self._make_in_advance(layer, spec, image, kit))
         if found is None or (found.link is not None and not found.link.closed):
             return found
         self._undo(found)
         return None
 
-    def _make_in_advance(self, layer: CanWarm, spec: Spec, kit: MachineKit) -> Environment:
+    def _make_in_advance(self, layer: CanWarm, spec: Spec, image: ImageRef, kit: MachineKit) -> Environment:
         assert isinstance(layer, Layer)
         d = Deadline(START_S)
         index = self._table.take_uids()
         id = new_id()
-        request = Request(id, f"warm-{id}", spec, {}, None, index, "", machine=kit)
+        request = Request(id, f"warm-{id}", spec, {}, image, index, "", machine=kit)
         job = layer.warm_job(outer_job(request, self.nowhere(), self._paths, ("",)))
         plan = layer.plan(job, self.probe(layer, self.nowhere(), d))
         planned = Planned(layer, plan, frame_of(layer, plan, last=True))
@@ -232,6 +233,8 @@ class Maker:
         for proc in place.procs(GUEST, d):
             if proc.key == GUEST:
                 normal_priority(proc.pid)
+        if env.link is not None:
+            normal_priority(env.link.pid)
         self._supervisor.watch(env)
 
     def _make_directory(self, env: Environment) -> None:
@@ -258,7 +261,8 @@ class Maker:
 
     def _image(self, id: str, name: str) -> ImageRef:
         image = self._images.resolve(name)
-        self._table.making(id, image.digest)
+        if id:
+            self._table.making(id, image.digest)
         return ImageRef(
             digest=image.digest,
             mount=str(self._images.mount(image.digest)),
@@ -316,15 +320,14 @@ class Maker:
             plan = item.plan
             if ready is None:
                 place.carry_out(plan.steps, d, descriptors if depth == 0 else ())
-            held = {descriptor.name for descriptor in plan.descriptors} - {"image"} if ready else ()
-            self._holding.provide(plan.descriptors, plan.template, place, d, held)
+                self._holding.provide(plan.descriptors, plan.template, place, d)
             mark("steps-carried-out")
             last = depth == len(planned) - 1
             if last and attach:
                 ours = adopt(place, item.frame.main_key, io.stdin, d)
             try:
                 if ready is not None and isinstance(item.layer, CanWarm):
-                    item.layer.take(item.frame, place, io, d)
+                    item.layer.take(item.frame, ready.handle.frames[0], place, io, d)
                 else:
                     item.layer.start(item.frame, place, io, d)
             except BaseException:

@@ -101,7 +101,7 @@ def _load(directory: Path, inputs: Inputs) -> GuestFiles | None:
             return None
         files = GuestFiles(
             release=str(manifest["release"]),
-            vmlinux=Path(manifest["vmlinux"]),
+            vmlinux=directory / manifest["vmlinux"],
             initramfs=directory / _INITRAMFS,
             tools=directory / _TOOLS,
             key=str(manifest["key"]),
@@ -159,7 +159,7 @@ def _write_manifest(directory: Path, files: GuestFiles, key: str, inputs: Inputs
     manifest = {
         "version": BUILDER_VERSION,
         "release": files.release,
-        "vmlinux": str(files.vmlinux),
+        "vmlinux": str(files.vmlinux.relative_to(directory)),
         "inputs": inputs,
         "sizes": {name: path.stat().st_size for name, path in _parts(files).items()},
         "key": key,

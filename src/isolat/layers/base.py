@@ -272,13 +272,13 @@ class CanWarm(Protocol):
         """What a machine made in advance must have in common with this job; empty: none can serve it."""
 
     def warm_job(self, job: Job) -> Job:
-        """The job of a machine made in advance: the same without anybody's image, command and names."""
+        """The job of a machine made in advance: the same without anybody's command and names."""
 
     def warm_up(self, frame: Frame, place: Place, d: Deadline) -> None:
         """Start the machine and let it do once what it will do, then stop it."""
 
-    def take(self, frame: Frame, place: Place, io: Io, d: Deadline) -> Proc | None:
-        """``start`` for a machine that was made in advance."""
+    def take(self, frame: Frame, warm: Frame, place: Place, io: Io, d: Deadline) -> Proc | None:
+        """``start`` for a machine that was made in advance, as ``warm``."""
 
 
 class Rewriter(Protocol):

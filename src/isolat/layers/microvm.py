@@ -27,7 +27,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from isolat.deadline import Deadline
-from isolat.errors import DeadlineExceeded, InternalError, Unsupported
+from isolat.errors import CommandNotFound, DeadlineExceeded, InternalError, NotExecutable, StartFailed, Unsupported
 from isolat.guest import blank
 from isolat.layers import common
 from isolat.layers.base import (
@@ -62,7 +62,7 @@ from isolat.places.steps import (
     PutFile,
     Step,
 )
-from isolat.qemu import argv, machine
+from isolat.qemu import argv, dialogue, machine
 from isolat.trace import mark
 
 INSIDE = "/run/isolat"
@@ -74,6 +74,7 @@ MEMORY_MIN_BYTES = 96 << 20
 PARK_S = 10.0
 THREADS_MAX = 128  # of QEMU: one for each processor, one for each file that is just read, and a few
 ENTROPY_BYTES = 64
+EXERCISES = 3
 SPACES = 0x00020000 | 0x04000000 | 0x08000000 | 0x20000000 | 0x40000000  # NEWNS, NEWUTS, NEWIPC, NEWPID, NEWNET
 _SYSTEM = MS_NOSUID | MS_NOEXEC | MS_NODEV
 _ENTROPY_DEVICES = {"vda": "/dev/vda", "vdb": "/dev/vdb", "vdc": "/dev/vdc"}
@@ -157,36 +158,42 @@ class MicrovmLayer(Layer):
     # in advance
 
     def warm_key(self, job: Job) -> str:
+        """Everything that can't be changed any more in a machine that was made in advance, the image among it."""
         options = _options(job)
-        if job.machine is None or not job.command or not _templated(options, job.machine):
+        if job.machine is None or job.image is None or not job.command or not _templated(options, job.machine):
             return ""
         spec = job.spec
-        asked = argv.template_key(_machine(job, job.machine), job.machine.guest_key, job.machine.qemu_identity)
-        limits = (asked, spec.disk_bytes, spec.cpus, spec.cpu_shares, spec.memory_swap_bytes, _park_s(options))
-        return "/".join(str(limit) for limit in limits)
+        template = argv.template_key(_machine(job, job.machine), job.machine.guest_key, job.machine.qemu_identity)
+        limits = (spec.disk_bytes, spec.cpus, spec.cpu_shares, spec.memory_swap_bytes, spec.pids_limit)
+        root = (job.image.digest, spec.read_only, spec.tmpfs)
+        if spec.read_only and spec.hostname:
+            return ""  # its names could not be written any more
+        return "/".join(str(part) for part in (template, *limits, *root, _park_s(options)))
 
     def warm_job(self, job: Job) -> Job:
-        spec = replace(job.spec, hostname="", user="", tmpfs=(), volumes=(), read_only=False, working_dir="")
-        return replace(job, spec=spec, image=None, command=("/bin/isolat-init",), env=())
+        """The application is the image's own `true`: it lets the loader and the library be read and translated."""
+        spec = replace(job.spec, hostname="", user="", volumes=(), working_dir="", tty=False)
+        return replace(job, spec=spec, command=("true",), env=())
 
     def warm_up(self, frame: Frame, place: Place, d: Deadline) -> None:
-        _begin(frame, place, {"vdb": ("disk", False), "vdc": ("tools", True)}, d)
+        """Nothing of anybody runs here but what the image brings, and only machines of this image come from it."""
+        disks = {"vda": ("image", True), "vdb": ("disk", False)}
+        _begin(frame, place, disks, d)
         inside = place.inside(GUEST, place.facts)
-        for _ in range(2):
-            inside.resume(_identity(frame, ("vda", "vdb", "vdc")), d)
-            inside.carry_out((*_disk_steps(), *_exercise_steps()), d)
-            _exercise(inside, d)
-            inside.revert(_exercise_steps(), d)
-        place.signal(GUEST, signal.SIGSTOP, d)
-
-    def take(self, frame: Frame, place: Place, io: Io, d: Deadline) -> Proc | None:
-        place.signal(GUEST, signal.SIGCONT, d)
+        for n in range(EXERCISES):
+            inside.resume(_identity(frame, () if n else tuple(disks)), d)
+            inside.carry_out(() if n else frame.inside, d)
+            _exercise(inside, frame, n, d)
         with machine.monitor(place, d) as qmp:
-            machine.swap(place, qmp, "vda", "image", read_only=True, d=d)
-        mark("machine-swapped")
-        done = set(_disk_steps())
-        steps = tuple(step for step in frame.inside if step not in done)
-        return self._settle_in(frame, place, ("vda",), steps, io, d)
+            dialogue.stop(qmp, d)
+
+    def take(self, frame: Frame, warm: Frame, place: Place, io: Io, d: Deadline) -> Proc | None:
+        with machine.monitor(place, d) as qmp:
+            dialogue.cont(qmp, d)
+        mark("machine-runs")
+        done = set(warm.inside)
+        steps = tuple(_below_root(step) for step in frame.inside if step not in done)
+        return self._settle_in(frame, place, (), steps, io, d)
 
     # the end
 
@@ -331,7 +338,7 @@ def _descriptors(job: Job, kit: MachineKit, template: TemplatePlan | None) -> tu
         Descriptor(machine.MONITOR, Source.PAIR),
         *image,
         Descriptor("disk", Source.DISK, f"{job.dir}/disk.img", job.spec.disk_bytes, writable=True),
-        *((Descriptor("tools", Source.FILE, kit.tools),) if not job.image or not job.command else ()),
+        *(() if job.command else (Descriptor("tools", Source.FILE, kit.tools),)),
     )
 
 
@@ -368,8 +375,6 @@ def _disk_steps() -> tuple[Step, ...]:
 
 def _inside(job: Job) -> tuple[Step, ...]:
     host = common.hostname(job)
-    if job.image is None:  # a machine made in advance: nobody's yet
-        return ()
     return (
         *_disk_steps(),
         *_image_steps(),
@@ -446,31 +451,24 @@ def _identity(frame: Frame, changed: tuple[str, ...]) -> Identity:
     )
 
 
-_EXERCISE = f"{INSIDE}/exercise"
+def _below_root(step: Step) -> Step:
+    """A file of the writable part, put there through the overlay that is already mounted."""
+    if not isinstance(step, PutFile):
+        return step
+    return replace(step, path=step.path.replace(f"{DISK}/u/", f"{ROOT}/", 1))
 
 
-def _exercise_steps() -> tuple[Step, ...]:
-    """What an application's root is made of, over the tools instead of an image."""
-    return (
-        MakeDir(TOOLS, 0o755),
-        Mount("/dev/vdc", TOOLS, "erofs", "", MS_RDONLY | MS_NODEV),
-        MakeDir(f"{DISK}/exercise/u"),
-        MakeDir(f"{DISK}/exercise/w"),
-        *_overlay(TOOLS, f"{DISK}/exercise/u", f"{DISK}/exercise/w", _EXERCISE),
-        PutFile(f"{DISK}/u/etc/exercise", "exercise\n"),
-        MakeDir(f"{_EXERCISE}/proc"),
-        Mount("proc", f"{_EXERCISE}/proc", "proc", flags=_SYSTEM),
-        MakeDir(f"{_EXERCISE}/dev"),
-        Mount("/dev", f"{_EXERCISE}/dev", "", flags=MS_BIND | MS_REC),
-        Cgroup((GROUP,), ((f"{GROUP}/pids.max", "64"),)),
-    )
-
-
-def _exercise(inside: Place, d: Deadline) -> None:
-    """Start what ends at once, the way an application is started."""
-    command = Command(("/bin/isolat-init",), env=(("PATH", "/bin"),), root=_EXERCISE, cgroup_files=_join())
-    for n in range(3):
-        key = f"exercise-{n}"
-        inside.spawn(key, command, Io(stdin=n == 1), d)
-        inside.wait(key, d)
-        inside.forget(key, d)
+def _exercise(inside: Place, frame: Frame, n: int, d: Deadline) -> None:
+    """Start the image's `true` the way an application is started. That an image has none is fine."""
+    assert frame.main is not None
+    for io in (Io(), Io(stdin=True)):
+        key = f"exercise-{n}-{int(io.stdin)}"
+        with contextlib.suppress(StartFailed, CommandNotFound, NotExecutable):
+            inside.spawn(key, frame.main, io, d)
+            if not io.stdin:
+                inside.wait(key, d)
+                continue
+            inside.signal(key, signal.SIGTERM, d)
+            inside.wait(key, d)
+    for io in (Io(), Io(stdin=True)):
+        inside.forget(f"exercise-{n}-{int(io.stdin)}", d)
