@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { FORWARDS_MAX = 256 };
+enum { FORWARDS_MAX = 256, LAST_ID = 0x7ffe0000 }; /* above: numbers of our own questions */
 
 typedef struct Forward {
     struct Forward *next;
@@ -50,7 +50,8 @@ static void rebuild(Buf *b, Span body, const char *rest, const Proc *spawned, in
 static void remember(Proc *guest, Peer *who, uint32_t id, Proc *spawned)
 {
     Forward *w = xalloc(sizeof *w);
-    w->id = ++last_id ? last_id : ++last_id;
+    last_id = last_id < LAST_ID ? last_id + 1 : 1;
+    w->id = last_id;
     w->guest = guest;
     w->asker = (Waiter){who ? who->serial : 0, id};
     w->spawned = spawned;

@@ -2,6 +2,7 @@
 #include "node.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <signal.h>
 #include <stdio.h>
 
@@ -16,8 +17,10 @@ void guest_open(Proc *p, int fd)
 {
     p->control = peer_new(fd, PEER_GUEST, &guest_ops);
     p->control->proc = p;
-    if (p->serial)
+    if (p->serial) {
         p->control->passes_fds = false;
+        fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK); /* it is read and written like a file */
+    }
 }
 
 void guest_send(Proc *g, Frame *f)
@@ -114,7 +117,8 @@ void guest_ended(Proc *g)
     Failure f;
     for (int i = 0; i < 4096 && g->control && peer_read(g->control); i++)
         ;
-    if (node.keeper && g->tail)
+    stream_drain(g); /* its last words */
+    if (node.keeper && g->tail_len)
         log_tail(g->tail, g->tail_len);
     if (g->control)
         peer_close(g->control);

@@ -30,6 +30,7 @@ Peer *controller_new_serial(int fd)
     Peer *p = controller_new(fd);
     p->device = !p->passes_fds;
     p->passes_fds = false;
+    p->patient = true;
     return p;
 }
 
@@ -37,13 +38,8 @@ Peer *controller_new_serial(int fd)
 static void look_again(int *timeout_ms)
 {
     for (Peer *p = peers; p; p = p->next)
-        if (p->device && !p->source.events) {
-            source_watch(&p->source, EPOLLIN);
-            peer_read(p);
-            if (!p->source.events)
-                *timeout_ms = AWAY_MS;
-            return;
-        }
+        if (p->device && !p->source.events && !peer_look(p))
+            *timeout_ms = *timeout_ms < 0 || *timeout_ms > AWAY_MS ? AWAY_MS : *timeout_ms;
 }
 
 static void controller_gone(Peer *p)
@@ -173,13 +169,21 @@ static bool clients_closing(void)
     return false;
 }
 
+static bool guest_leaves(void)
+{
+    for (Proc *p = node.procs; p; p = p->next)
+        if (p->state == ALIVE && p->kill_by_ms)
+            return true;
+    return false;
+}
+
 /* A keeper outlives its controllers for its MAIN's sake, and for nothing else. */
 static void keeper_turn(int64_t now_ms, int *timeout_ms)
 {
     if (peer_count(PEER_CONTROLLER))
         return;
     if (node.main_ended) {
-        if (!clients_closing())
+        if (!clients_closing() && !guest_leaves())
             node_quit(NULL, 0);
     } else if (!node.main_spawned) {
         int64_t left = node.idle_since_ms + node.idle_ms - now_ms;

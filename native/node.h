@@ -6,8 +6,11 @@
 #include "spawn.h"
 
 enum { PROCS_MAX = 1024, CONTROLLERS_MAX = 16, CLIENTS_MAX = 256, WAITERS_MAX = 4 };
-enum { TAIL_BYTES = 4096, GUEST_LOG_BYTES = 64 << 10 };
-enum { SERIAL_CREDIT = 256 << 10, SERIAL_RESERVE = 64 << 10, SERIAL_QUEUE = 1 << 20, HELD_MAX = 16 };
+enum { TAIL_BYTES = 2048, WORDS_BYTES = 4096, GUEST_LOG_BYTES = 64 << 10 };
+/* A DATA frame costs its bytes and SERIAL_FRAME, or many small ones would take more memory than their credit says.
+   The reserve: what a pipe holds, in frames. */
+enum { SERIAL_CREDIT = 256 << 10, SERIAL_RESERVE = 72 << 10, SERIAL_BATCH = 64 << 10, SERIAL_FRAME = 16 };
+enum { HELD_MAX = 16 };
 enum { GRACE_MS = 2000 };
 
 typedef enum {
@@ -54,7 +57,7 @@ struct Proc {
     Stream in;
     bool stdin_eof;
     Buf leftover; /* what clients that left had sent */
-    char *tail;   /* a launcher's or a guest's last words, while it starts */
+    char *tail;   /* a launcher's last words while it starts, a guest's always */
     size_t tail_len, guest_logged;
     /* streams that travel as frames of a serial channel: to a guest (keeper), or from our controller (agent) */
     uint32_t number;    /* 0: they don't */
@@ -67,6 +70,7 @@ struct Proc {
     bool serial;        /* its channel has no descriptors, and it greets when asked */
     int64_t spoke_ms, park_ms, park_wait_ms;
     uint8_t parked;     /* Parking */
+    uint32_t asked;     /* the number of the latest IDLE */
     int64_t grace_ms, kill_by_ms; /* for its own end after MAIN's; 0: none */
 };
 
@@ -125,6 +129,7 @@ void stream_output(Proc *p, int stream, int fd);
 void stream_input(Proc *p, int fd);
 void stream_watch(Proc *p);
 void stream_drain(Proc *p); /* what is there now, then close */
+bool stream_waits(Proc *p);          /* an end whose last output can't be told yet */
 void stream_close(Proc *p);
 void stream_deliver(Proc *p, int stream, const uint8_t *data, size_t n); /* to log and clients */
 void stream_told_eof(Proc *p, int stream);
@@ -147,6 +152,7 @@ void serial_started_local(Proc *p, Peer *up, uint32_t number);
 bool serial_from_guest(Proc *g, const Frame *f);       /* false: a breach */
 void serial_from_controller(Peer *up, const Frame *f);
 size_t serial_room(const Proc *p, int stream);         /* how much of an output may be read now */
+bool serial_full(const Proc *p);                       /* the channel is, whatever credit there is */
 void serial_deliver(Proc *p, int stream, const uint8_t *data, size_t n);
 void serial_eof(Proc *p, int stream);
 bool serial_input(Proc *p, Span data, size_t *taken);  /* keeper: towards the guest */

@@ -6,7 +6,8 @@ nothing else; SIGCONT and its first answer take milliseconds, because all that i
 
 #include <signal.h>
 
-enum { PARK_ID = 0xfffffffe, PARK_WAIT_FACTOR = 16 };
+/* Numbers that no forwarded request has. One for each question, or a late answer would be taken for the next one's. */
+enum { PARK_IDS = 0x7fff0000, PARK_IDS_MASK = 0xffff, PARK_WAIT_FACTOR = 16 };
 
 static bool parks(const Proc *g) { return g->name && g->park_ms && g->control && g->greeted && g->pid > 0; }
 
@@ -28,16 +29,17 @@ void park_spoke(Proc *g)
 
 static void ask(Proc *g)
 {
-    Frame f = {.kind = K_IDLE, .id = PARK_ID};
+    g->asked = PARK_IDS | ((g->asked + 1) & (PARK_IDS_MASK >> 1));
+    Frame f = {.kind = K_IDLE, .id = g->asked};
     g->parked = ASKED;
     peer_send(g->control, &f);
 }
 
 bool park_answer(Proc *g, const Frame *f)
 {
-    if (f->id != PARK_ID || (f->kind != K_OK && f->kind != K_ERROR))
+    if (f->id < PARK_IDS || f->nfds || (f->kind != K_OK && f->kind != K_ERROR))
         return false;
-    if (g->parked != ASKED)
+    if (g->parked != ASKED || f->id != g->asked)
         return true; /* somebody has said something meanwhile */
     if (f->kind == K_OK && field_int(f->body, T_COUNT, 0) == -1 && !kill(g->pid, SIGSTOP)) {
         g->parked = PARKED;

@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
@@ -52,6 +53,10 @@ int peer_count(uint8_t kind)
         n += p->kind == kind && !p->gone;
     return n;
 }
+
+static bool full(const Peer *p) { return p->patient && p->queued > CHANNEL_FULL; }
+
+static void watch(Peer *p) { source_watch(&p->source, (full(p) ? 0 : EPOLLIN) | (p->first ? EPOLLOUT : 0)); }
 
 static void drop_queue(Peer *p)
 {
@@ -152,7 +157,7 @@ static void enqueue(Peer *p, const uint8_t *header, Span body, size_t sent, cons
         p->first = o;
     p->last = o;
     p->queued += o->len;
-    source_watch(&p->source, EPOLLIN | EPOLLOUT);
+    watch(p);
 }
 
 void peer_send(Peer *p, Frame *f)
@@ -215,7 +220,6 @@ static void flush(Peer *p)
             p->last = NULL;
         free(o);
     }
-    source_watch(&p->source, EPOLLIN);
     if (p->closing)
         finish_now(p);
 }
@@ -307,16 +311,24 @@ static size_t wanted(const Peer *p)
     return HEADER_BYTES + get_u32(have.p) - have.n; /* one_frame() checked the length before it left it here */
 }
 
+static void handle(Peer *p)
+{
+    while (!full(p) && one_frame(p))
+        ;
+    if (!p->gone && !buf_size(&p->in))
+        drop_fds(p); /* they belong to no frame */
+}
+
 bool peer_read(Peer *p)
 {
-    if (p->gone)
+    if (p->gone || full(p))
         return false;
     uint8_t *into = buf_room(&p->in, wanted(p));
     ssize_t n = receive(p, into, p->in.cap - p->in.len);
     if (n < 0 && would_block())
         return false;
     if (n == 0 && p->device) {
-        source_watch(&p->source, 0); /* HUP is reported for as long as nobody is there: the node looks again later */
+        source_watch(&p->source, 0); /* nobody is there: the node looks again later */
         return false;
     }
     if (n <= 0) {
@@ -324,11 +336,31 @@ bool peer_read(Peer *p)
         return false;
     }
     p->in.len += (size_t)n;
-    while (one_frame(p))
-        ;
-    if (!p->gone && !buf_size(&p->in))
-        drop_fds(p); /* they belong to no frame */
+    handle(p);
     return !p->gone;
+}
+
+/* HUP is reported for as long as nobody is there, so meanwhile it is not watched at all. */
+static bool away(const Peer *p, uint32_t events) { return p->device && events & EPOLLHUP && !(events & EPOLLIN); }
+
+bool peer_look(Peer *p)
+{
+    struct pollfd one = {p->source.fd, POLLIN, 0};
+    if (poll(&one, 1, 0) > 0 && away(p, (uint32_t)one.revents))
+        return false;
+    watch(p);
+    return true;
+}
+
+static void written(Peer *p, size_t before)
+{
+    if (p->gone)
+        return;
+    watch(p);
+    if (p->queued < before && p->ops->drained)
+        p->ops->drained(p);
+    if (buf_size(&p->in) && !p->gone)
+        handle(p); /* what was not listened to while the queue was full */
 }
 
 static void peer_ready(Source *s, uint32_t events)
@@ -337,9 +369,12 @@ static void peer_ready(Source *s, uint32_t events)
     if (events & EPOLLOUT) {
         size_t before = p->queued;
         flush(p);
-        if (!p->gone && p->queued < before && p->ops->drained)
-            p->ops->drained(p);
+        written(p, before);
     }
-    if (!p->gone && events & (EPOLLIN | EPOLLHUP | EPOLLERR))
+    if (p->gone)
+        return;
+    if (away(p, events))
+        source_watch(&p->source, 0);
+    else if (events & (EPOLLIN | EPOLLHUP | EPOLLERR))
         peer_read(p);
 }

@@ -10,7 +10,7 @@ typedef struct Proc Proc;
 typedef struct Out Out;
 
 enum { PEER_CONTROLLER, PEER_CLIENT, PEER_GUEST };
-enum { QUEUE_MAX = 4 << 20, CLIENT_FULL = 256 << 10, STDIN_CREDIT = 256 << 10 };
+enum { QUEUE_MAX = 4 << 20, CHANNEL_FULL = 1 << 20, CLIENT_FULL = 256 << 10, STDIN_CREDIT = 256 << 10 };
 
 typedef struct {
     void (*frame)(Peer *, Frame *);
@@ -25,7 +25,8 @@ struct Peer {
     uint32_t serial; /* names it in what may outlive it */
     uint8_t kind;
     bool passes_fds;
-    bool device; /* a port: nothing to read may mean that nobody is at its other end */
+    bool device;  /* a port: nothing to read may mean that nobody is at its other end */
+    bool patient; /* who does not take the answers is not cut off, but not listened to meanwhile */
     bool closing; /* ends when its queue is empty */
     bool broken;  /* can't be written to any more, but may have sent something */
     bool gone;
@@ -50,5 +51,6 @@ void peer_reply(Peer *p, uint8_t kind, uint32_t id, Buf *body); /* frees the bod
 void peer_close(Peer *p);
 void peer_finish(Peer *p); /* close after what is queued */
 bool peer_read(Peer *p);  /* one receive; false: nothing there now, or gone */
+bool peer_look(Peer *p);  /* a device that nobody was at the other end of: is it watched again? */
 
 #endif

@@ -126,7 +126,8 @@ void proc_failed(Proc *p, const Failure *f)
 {
     Buf body = {0};
     stream_drain(p);
-    put_failure(&body, f, p->tail, p->tail_len);
+    size_t n = p->tail_len < TAIL_BYTES ? p->tail_len : TAIL_BYTES;
+    put_failure(&body, f, p->tail ? p->tail + p->tail_len - n : NULL, n);
     proc_refused(p, &body);
     buf_free(&body);
 }
@@ -218,7 +219,7 @@ static bool words_stream(Proc *p, int fds[4])
     int pipe_fds[2];
     if (!make_pipe(pipe_fds, 0))
         return false;
-    p->tail = xalloc(TAIL_BYTES);
+    p->tail = xalloc(WORDS_BYTES);
     stream_output(p, 2, pipe_fds[0]);
     fds[2] = pipe_fds[1];
     fds[1] = fcntl(pipe_fds[1], F_DUPFD_CLOEXEC, 10);
@@ -259,7 +260,7 @@ static bool prepare(Proc *p, Command *c, int rows, int cols)
     if (!own && (p->flags & F_CONTROL || (p->flags & F_LAUNCHER && !node.holds)))
         return words_stream(p, c->fds);
     if (p->flags & F_LAUNCHER)
-        p->tail = xalloc(TAIL_BYTES); /* its stderr is its process's: keep the end of it until that has started */
+        p->tail = xalloc(WORDS_BYTES); /* its stderr is its process's: keep the end of it until that has started */
     if (p->flags & F_TTY)
         return terminal(p, c, rows, cols);
     if (own || !node.holds)
@@ -482,6 +483,8 @@ void proc_tick(int64_t now_ms, int *timeout_ms)
             guest_kill(p);
         } else {
             stream_drain(p);
+            if (stream_waits(p))
+                continue; /* until the channel takes something again */
             stream_close(p);
             proc_finish(p);
         }

@@ -2,11 +2,11 @@
 #include "node.h"
 
 #include <errno.h>
-#include <signal.h>
 #include <fcntl.h>
+#include <sched.h>
+#include <signal.h>
 #include <string.h>
 #include <sys/ioctl.h>
-#include <sched.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -138,8 +138,13 @@ static bool spawn_remote(Proc *p, Frame *f, const char *to, Failure *failure)
         failure_set(failure, "guest", ESRCH, 0, "no guest \"%.200s\" is there", to);
         return false;
     }
+    if (guest->serial && (f->nfds || !node.keeper)) {
+        failure_set(failure, "guest", EOPNOTSUPP, 0, "nothing but frames can travel to this guest");
+        return false;
+    }
     if (guest->serial) {
-        serial_started_remote(p);
+        if (!(flags & F_CONTROL))
+            serial_started_remote(p);
     } else if (node.holds && !(flags & (F_TTY | F_CONTROL | F_LAUNCHER | F_FDS))) {
         f->fds[0] = f->fds[1] = f->fds[2] = -1;
         f->nfds = 3; /* whatever of them was made is closed with the frame */
@@ -274,6 +279,8 @@ static void pass_on(Peer *who, Frame *f, const char *to)
     Proc *guest = forward_guest(to, &rest);
     if (!guest)
         reply_error(who, f->id, "guest", ESRCH, "no such guest is there");
+    else if (guest->serial && f->nfds)
+        reply_error(who, f->id, "guest", EOPNOTSUPP, "no descriptor can travel to this guest");
     else if (!forward(guest, rest, f, who, f->id, NULL, 0))
         reply_error(who, f->id, "guest", EAGAIN, "too much is asked of this guest");
 }

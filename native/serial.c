@@ -1,13 +1,13 @@
 /* Streams on a channel without descriptors: DATA, EOF and CREDIT carry the number of a process.
 
-Each direction of each stream begins with SERIAL_CREDIT; more is given for what has been written. The agent keeps
-SERIAL_RESERVE of it for what a process wrote before its end, so an end never waits for a slow reader. The side that
-trusts less (the keeper) closes the channel on any breach; the agent ignores what makes no sense. */
+   Each direction of each stream begins with SERIAL_CREDIT; more is given for what has been written. The agent keeps
+   SERIAL_RESERVE of it for what a process wrote before its end, so an end never waits for a slow reader. The side that
+   trusts less (the keeper) closes the channel on any breach; the agent ignores what makes no sense. */
 #include "node.h"
 
 #include <string.h>
 
-enum { HELLO_ID = 0xffffffff };
+enum { HELLO_ID = 0x7fffffff };
 
 static uint32_t last_number;
 
@@ -55,7 +55,7 @@ void serial_started_local(Proc *p, Peer *up, uint32_t number)
 static Proc *by_number(const Proc *guest, uint32_t up, uint32_t number)
 {
     for (Proc *p = node.procs; p; p = p->next)
-        if (number && p->name && p->number == number && p->guest == guest && p->up == up && p->state != ENDED)
+        if (number && p->name && p->number == number && p->up == up && (up || p->guest == guest) && p->state != ENDED)
             return p;
     return NULL;
 }
@@ -95,11 +95,11 @@ static bool parse(const Frame *f, int *stream, uint32_t *credit)
 
 static bool take_output(Proc *p, int stream, const Frame *f)
 {
-    size_t n = f->body.n - 1;
-    if (stream == 0 || n > p->may_come[stream] || p->ended_streams & 1 << stream)
+    size_t n = f->body.n - 1, cost = n + SERIAL_FRAME;
+    if (stream == 0 || cost > p->may_come[stream] || p->ended_streams & 1 << stream)
         return false;
-    p->may_come[stream] -= n;
-    p->owed[stream] += n;
+    p->may_come[stream] -= cost;
+    p->owed[stream] += cost;
     stream_deliver(p, stream, f->body.p + 1, n);
     serial_acknowledge(p);
     return true;
@@ -133,7 +133,7 @@ bool serial_from_guest(Proc *g, const Frame *f)
 void serial_acknowledge(Proc *p)
 {
     for (int i = 1; i < 3 && !stream_held_back(p); i++)
-        if (p->owed[i] >= SERIAL_RESERVE)
+        if (p->owed[i] >= SERIAL_BATCH)
             give_credit(p, i);
 }
 
@@ -142,13 +142,13 @@ bool serial_input(Proc *p, Span data, size_t *taken)
     static uint8_t body[1 + MAX_DATA];
     Peer *channel = p->guest ? p->guest->control : NULL;
     size_t n = data.n < MAX_DATA ? data.n : MAX_DATA;
-    if (n > p->may_send[0])
-        n = p->may_send[0];
-    if (!n || !channel || channel->queued > SERIAL_QUEUE)
+    if (p->may_send[0] <= SERIAL_FRAME || !channel || channel->queued > CHANNEL_FULL)
         return false;
+    if (n > p->may_send[0] - SERIAL_FRAME)
+        n = p->may_send[0] - SERIAL_FRAME;
     body[0] = 0;
     memcpy(body + 1, data.p, n);
-    p->may_send[0] -= n;
+    p->may_send[0] -= n + SERIAL_FRAME;
     send(p, K_DATA, body, n + 1);
     *taken = n;
     return true;
@@ -173,39 +173,60 @@ void serial_ended(Proc *p)
 
 /* the agent's side */
 
+static void more_room(Proc *p)
+{
+    if (p->state == DRAINING) {
+        stream_drain(p);
+        proc_finish(p);
+    } else {
+        stream_watch(p);
+    }
+}
+
+static void take_input(Proc *p, const Frame *f)
+{
+    size_t n = f->body.n - 1;
+    if (n + SERIAL_FRAME > p->may_come[0] || p->stdin_eof)
+        return;
+    p->may_come[0] -= n + SERIAL_FRAME;
+    p->owed[0] += SERIAL_FRAME;
+    if (p->input_closed)
+        serial_written(p, n);
+    else
+        buf_add(&p->leftover, f->body.p + 1, n);
+    stream_write(p);
+}
+
 void serial_from_controller(Peer *up, const Frame *f)
 {
     int stream;
     uint32_t credit = 0;
     Proc *p = by_number(NULL, up->serial, f->id);
-    for (Proc *q = node.procs; !p && q; q = q->next) /* the processes of our own guests, too */
-        if (q->name && f->id && q->number == f->id && q->up == up->serial && q->state != ENDED)
-            p = q;
     if (!p || !parse(f, &stream, &credit))
         return;
     if (f->kind == K_CREDIT && stream && p->may_send[stream] + credit <= SERIAL_CREDIT) {
         p->may_send[stream] += credit;
-        stream_watch(p);
-    } else if (f->kind == K_DATA && !stream && f->body.n - 1 <= p->may_come[0] && !p->stdin_eof) {
-        p->may_come[0] -= f->body.n - 1;
-        if (p->input_closed)
-            serial_written(p, f->body.n - 1);
-        else
-            buf_add(&p->leftover, f->body.p + 1, f->body.n - 1);
-        stream_write(p);
+        more_room(p);
+    } else if (f->kind == K_DATA && !stream) {
+        take_input(p, f);
     } else if (f->kind == K_EOF && !stream) {
         p->stdin_eof = true;
         stream_write(p);
     }
 }
 
+bool serial_full(const Proc *p)
+{
+    const Peer *up = peer_by_serial(p->up);
+    return up && up->queued > CHANNEL_FULL;
+}
+
 size_t serial_room(const Proc *p, int stream)
 {
-    size_t reserve = p->state == DRAINING ? 0 : SERIAL_RESERVE;
-    Peer *up = peer_by_serial(p->up);
-    if (!up)
+    size_t reserve = p->state == DRAINING ? SERIAL_FRAME : SERIAL_RESERVE;
+    if (!peer_by_serial(p->up))
         return MAX_DATA; /* nobody will ever read it: the process must not hang on that */
-    if (p->may_send[stream] <= reserve || (up->queued > SERIAL_QUEUE && p->state != DRAINING))
+    if (p->may_send[stream] <= reserve || serial_full(p))
         return 0;
     size_t room = p->may_send[stream] - reserve;
     return room < MAX_DATA ? room : MAX_DATA;
@@ -216,7 +237,8 @@ void serial_deliver(Proc *p, int stream, const uint8_t *data, size_t n)
 {
     uint8_t *body = (uint8_t *)data - 1;
     body[0] = (uint8_t)stream;
-    p->may_send[stream] -= n < p->may_send[stream] ? n : p->may_send[stream];
+    size_t cost = n + SERIAL_FRAME;
+    p->may_send[stream] -= cost < p->may_send[stream] ? cost : p->may_send[stream];
     send(p, K_DATA, body, n + 1);
 }
 
@@ -229,7 +251,7 @@ void serial_eof(Proc *p, int stream)
 void serial_written(Proc *p, size_t n)
 {
     p->owed[0] += n;
-    if (p->owed[0] >= SERIAL_RESERVE || !buf_size(&p->leftover))
+    if (p->owed[0] >= SERIAL_BATCH || !buf_size(&p->leftover))
         give_credit(p, 0);
 }
 
@@ -241,7 +263,7 @@ void serial_drained(const Peer *channel)
         if (!p->name || !p->number || p->state < ALIVE)
             continue;
         if (p->up == channel->serial)
-            stream_watch(p);
+            more_room(p);
         else if (p->guest && p->guest->control == channel)
             stream_write(p);
     }

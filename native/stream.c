@@ -36,11 +36,11 @@ static void send_eof(Peer *c, int stream)
 
 static void tail_add(Proc *p, const uint8_t *data, size_t n)
 {
-    if (n > TAIL_BYTES) {
-        data += n - TAIL_BYTES;
-        n = TAIL_BYTES;
+    if (n > WORDS_BYTES) {
+        data += n - WORDS_BYTES;
+        n = WORDS_BYTES;
     }
-    size_t keep = p->tail_len + n > TAIL_BYTES ? TAIL_BYTES - n : p->tail_len;
+    size_t keep = p->tail_len + n > WORDS_BYTES ? WORDS_BYTES - n : p->tail_len;
     memmove(p->tail, p->tail + p->tail_len - keep, keep);
     memcpy(p->tail + keep, data, n);
     p->tail_len = keep + n;
@@ -178,13 +178,15 @@ static void take_what_is_there(Stream *s)
         left -= n;
 }
 
-/* An ended process of the agent's with more in its (enlarged) pipe than there is credit for: it waits, but not for
-   ever. */
-static bool waits_for_credit(Proc *p, int i)
+/* An ended process of the agent's. Its keeper takes everything in the end; but one with more in its (enlarged) pipe
+   than there is credit for does not wait for a slow client without bound. */
+static bool waits(Proc *p, int i)
 {
-    int there = 0;
-    if (!p->up || serial_room(p, i + 1) || ioctl(p->out[i].source.fd, FIONREAD, &there) || !there)
+    int fd = p->out[i].source.fd, there = 0;
+    if (!p->up || fd < 0 || serial_room(p, i + 1) || ioctl(fd, FIONREAD, &there) || !there)
         return false;
+    if (serial_full(p))
+        return true;
     if (!p->deadline_ms)
         p->deadline_ms = ticks_ms() + GRACE_MS;
     return p->deadline_ms > ticks_ms();
@@ -196,9 +198,11 @@ void stream_drain(Proc *p)
         if (p->out[i].source.fd >= 0)
             take_what_is_there(&p->out[i]);
     for (int i = 0; i < 2; i++)
-        if (p->out[i].source.fd >= 0 && !waits_for_credit(p, i))
+        if (p->out[i].source.fd >= 0 && !waits(p, i))
             stream_ended(&p->out[i]);
 }
+
+bool stream_waits(Proc *p) { return waits(p, 0) || waits(p, 1); }
 
 void stream_close(Proc *p)
 {
