@@ -223,12 +223,12 @@ bool serial_full(const Proc *p)
 
 size_t serial_room(const Proc *p, int stream)
 {
-    size_t reserve = p->state == DRAINING ? SERIAL_FRAME : SERIAL_RESERVE;
+    size_t kept = SERIAL_FRAME + (p->state == DRAINING ? 0 : SERIAL_RESERVE);
     if (!peer_by_serial(p->up))
         return MAX_DATA; /* nobody will ever read it: the process must not hang on that */
-    if (p->may_send[stream] <= reserve || serial_full(p))
+    if (p->may_send[stream] <= kept || serial_full(p))
         return 0;
-    size_t room = p->may_send[stream] - reserve;
+    size_t room = p->may_send[stream] - kept;
     return room < MAX_DATA ? room : MAX_DATA;
 }
 
