@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
+import shutil
 from pathlib import Path
 
 from isolat.engine.paths import DEFAULT_ROOT, native_dir
@@ -25,12 +25,20 @@ def share_guest(root: Path) -> None:
     source = source_root() / "guest"
     files.ensure(source, native_dir())
     target = root / "guest"
+    target.mkdir(mode=0o711, exist_ok=True)
     for path in sorted(source.rglob("*")):
         if path.is_dir():
             (target / path.relative_to(source)).mkdir(mode=0o711, parents=True, exist_ok=True)
         elif path.name != "lock":
-            with contextlib.suppress(FileExistsError):
-                os.link(path, target / path.relative_to(source))
+            _link(path, target / path.relative_to(source))
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file where the file system can, else a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def share(root: Path, name: str = IMAGE) -> str:

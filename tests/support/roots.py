@@ -31,10 +31,13 @@ def program() -> str:
 
 
 def plain_environment() -> dict[str, str]:
-    """This process's environment without anything that would change what Isolat does."""
-    return {
-        name: value for name, value in os.environ.items() if not name.startswith("ISOLAT_") or name == "ISOLAT_LIBEXEC"
-    }
+    """This process's environment without anything that would change what Isolat does.
+
+    No machines in advance: a test that proves that nothing is left would find them.
+    """
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("ISOLAT_")}
+    libexec = os.environ.get("ISOLAT_LIBEXEC")
+    return {**kept, "ISOLAT_WARM": "0", **({"ISOLAT_LIBEXEC": libexec} if libexec else {})}
 
 
 class Root:

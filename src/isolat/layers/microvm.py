@@ -29,6 +29,7 @@ from typing import Any, ClassVar
 from isolat.deadline import Deadline
 from isolat.errors import CommandNotFound, DeadlineExceeded, InternalError, NotExecutable, StartFailed, Unsupported
 from isolat.guest import blank
+from isolat.guest.kernel import KERNEL_ARGUMENTS
 from isolat.layers import common
 from isolat.layers.base import (
     GUEST,
@@ -281,6 +282,7 @@ def _machine(job: Job, kit: MachineKit) -> argv.Machine:
         vmlinux=kit.kernel,
         initramfs=kit.initramfs,
         sandbox=kit.sandbox,
+        kernel_arguments=KERNEL_ARGUMENTS,
     )
 
 
