@@ -31,6 +31,14 @@ static Held *room(const char *name)
     return h;
 }
 
+static int rooms(void)
+{
+    int n = 0;
+    for (int i = 0; i < HELD_MAX; i++)
+        n += !held[i].name[0];
+    return n;
+}
+
 int held_fd(const char *name)
 {
     Held *h = find(name);
@@ -40,16 +48,35 @@ int held_fd(const char *name)
 static bool keep(const char *name, int *fd)
 {
     Held *h = room(name);
-    if (!h || !*name || strlen(name) >= sizeof h->name)
+    int high = move_high(*fd);
+    if (high < 0)
         return false;
+    *fd = -1;
     if (h->name[0])
         close(h->fd);
     strcpy(h->name, name);
-    h->fd = move_high(*fd);
-    *fd = -1;
-    if (h->fd < 0)
-        h->name[0] = 0;
-    return h->fd >= 0;
+    h->fd = high;
+    return true;
+}
+
+static bool are_names(char **names)
+{
+    for (char **n = names; *n; n++) {
+        if (!**n || strlen(*n) >= sizeof held[0].name)
+            return false;
+        for (char **m = names; m < n; m++)
+            if (!strcmp(*m, *n))
+                return false;
+    }
+    return true;
+}
+
+static int new_among(char **names)
+{
+    int n = 0;
+    for (; *names; names++)
+        n += !find(*names);
+    return n;
 }
 
 void hold(Peer *who, Frame *f)
@@ -58,13 +85,17 @@ void hold(Peer *who, Frame *f)
     int n = 0;
     while (names[n])
         n++;
-    if (!node.keeper || !n || n != f->nfds) {
-        reply_error(who, f->id, "request", EINVAL, "HOLD needs as many descriptors as names");
+    if (!node.keeper || !n || n != f->nfds || !are_names(names)) {
+        reply_error(who, f->id, "request", EINVAL, "HOLD needs names and as many descriptors, at a keeper");
+        return;
+    }
+    if (new_among(names) > rooms()) {
+        reply_error(who, f->id, "key", ENOSPC, "no more descriptors can be held");
         return;
     }
     for (int i = 0; i < n; i++)
         if (!keep(names[i], &f->fds[i])) {
-            reply_error(who, f->id, "key", ENOSPC, "this descriptor can't be held");
+            reply_error(who, f->id, "key", errno, "this descriptor can't be held");
             return;
         }
     reply_ok(who, f->id);

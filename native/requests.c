@@ -85,19 +85,31 @@ static void step(Peer *who, Frame *f)
     buf_free(&tail);
 }
 
+/* For the child's descriptor `at`. Negative, with the reason: it can't have it. */
+static int copy_held(const char *name, int at, Failure *failure)
+{
+    int fd = held_fd(name), copy = -1;
+    if (at >= CHILD_FDS)
+        failure_set(failure, "held", E2BIG, 0, "a process gets at most %d of them", CHILD_FDS - HELD_FIRST);
+    else if (fd < 0)
+        failure_set(failure, "held", ENOENT, 0, "no descriptor \"%.100s\" is held", name);
+    else if ((copy = fcntl(fd, F_DUPFD_CLOEXEC, HELD_FIRST)) < 0)
+        failure_set(failure, "held", errno, 0, "\"%.100s\": %s", name, strerror(errno));
+    return copy;
+}
+
 /* The child's 4, 5, … */
 static bool held_into(const Frame *f, Command *c, Failure *failure)
 {
     char **names = field_list(f->body, T_HELD);
-    for (int i = 0; names[i]; i++) {
-        int fd = held_fd(names[i]);
-        if (HELD_FIRST + i >= CHILD_FDS || fd < 0 || (fd = fcntl(fd, F_DUPFD_CLOEXEC, 64)) < 0) {
-            failure_set(failure, "held", ENOENT, 0, "no descriptor \"%.100s\" is held", names[i]);
-            for (int n = 0; n < CHILD_FDS; n++)
-                close_fd(&c->fds[n]);
+    for (int at = HELD_FIRST; *names; at++, names++) {
+        int fd = copy_held(*names, at, failure);
+        if (fd < 0) {
+            for (int i = HELD_FIRST; i < at; i++)
+                close_fd(&c->fds[i]);
             return false;
         }
-        c->fds[HELD_FIRST + i] = fd;
+        c->fds[at] = fd;
     }
     return true;
 }

@@ -24,6 +24,8 @@
 #endif
 #define CLOSE_RANGE_SETS_CLOEXEC 4
 
+enum { OWN_FDS = 64 }; /* in the child: above all that it is to have */
+
 bool spawn_resets_oom;
 
 void failure_set(Failure *f, const char *stage, int error, int code, const char *format, ...)
@@ -109,21 +111,32 @@ static bool place_fds(const Command *c)
         from[i] = c->fds[i];
         if (from[i] < 0 && i < 3 && (from[i] = open("/dev/null", (i ? O_WRONLY : O_RDONLY) | O_CLOEXEC)) < 0)
             return false;
-        if (from[i] >= 0 && (from[i] = fcntl(from[i], F_DUPFD_CLOEXEC, 64)) < 0)
+        if (from[i] >= 0 && (from[i] = fcntl(from[i], F_DUPFD_CLOEXEC, OWN_FDS)) < 0)
             return false;
     }
     for (int i = 0; i < CHILD_FDS; i++)
         if (from[i] >= 0 && dup2(from[i], last = i) < 0)
             return false;
+        else if (from[i] < 0)
+            close(i); /* between what it is to have: whatever we came to life with */
     syscall(SYS_close_range, last + 1, ~0U, CLOSE_RANGE_SETS_CLOEXEC);
     return true;
 }
 
-/* A new PID namespace needs a /proc of its own; in a mount namespace of its own nobody else sees it. */
+/* What is mounted in a mount namespace of its own is nobody else's; what is unmounted elsewhere goes here, too. */
+static bool own_mounts(const Command *c, Failure *f)
+{
+    if (!(c->spaces & CLONE_NEWNS) || !mount("none", "/", NULL, MS_REC | MS_SLAVE, NULL))
+        return true;
+    failure_set(f, "mounts", errno, 0, "making the mounts its own: %s", strerror(errno));
+    return false;
+}
+
+/* A new PID namespace needs a /proc of its own. */
 static bool own_proc(const Command *c, Failure *f)
 {
     char at[4096];
-    if (!(c->spaces & CLONE_NEWPID) || !(c->spaces & CLONE_NEWNS))
+    if (!*c->root || !(c->spaces & CLONE_NEWPID) || !(c->spaces & CLONE_NEWNS))
         return true;
     if (snprintf(at, sizeof at, "%s/proc", c->root) < (int)sizeof at &&
         !mount("proc", at, "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL))
@@ -139,7 +152,7 @@ static bool enter_place(const Command *c, Failure *f)
             failure_set(f, "cgroup", errno, 0, "cgroup: \"%.200s\": %s", *g, strerror(errno));
             return false;
         }
-    if (*c->root && !own_proc(c, f))
+    if (!own_mounts(c, f) || !own_proc(c, f))
         return false;
     if (*c->root && (chroot(c->root) || chdir("/"))) {
         failure_set(f, "chroot", errno, 0, "chroot: \"%.200s\": %s", c->root, strerror(errno));
@@ -222,7 +235,7 @@ pid_t spawn(const Command *c, int *result)
         return -1;
     pid_t pid = c->spaces ? (pid_t)syscall(SYS_clone, SIGCHLD | c->spaces, NULL, NULL, NULL, NULL) : fork();
     if (!pid) {
-        int report = fcntl(pipe_fds[1], F_DUPFD_CLOEXEC, 10);
+        int report = fcntl(pipe_fds[1], F_DUPFD_CLOEXEC, OWN_FDS);
         signal(SIGPIPE, SIG_IGN);
         child(c, parent, &f);
         write_all(report, &f, sizeof f);
