@@ -12,7 +12,7 @@ from tests.support.images import IMAGE
 from tests.support.roots import Root
 from tests.support.wires import Stream
 
-STACKS = ("fake", "host", "container", "fake/fake", "container/fake")
+STACKS = ("fake", "host", "container", "fake/fake", "container/fake", "microvm")
 _STRENGTH = (Boundary.NONE, Boundary.NAMESPACES, Boundary.KERNEL)
 
 

@@ -101,6 +101,9 @@ def test_networks_are_as_declared(root: Root, subject: Subject, network: str) ->
     spec = subject.shell("ls /sys/class/net", network_mode=network)
     if network not in subject.can.networks:
         _refused(root, spec)
+    elif network == "none" and subject.can.boundary == "kernel":
+        # A machine has a card at which nothing is plugged: without an address, and down.
+        assert _output(root, subject.shell("cat /sys/class/net/eth0/flags /proc/net/route")).startswith("0x1002\n")
     elif network == "none" and subject.can.boundary != "none":
         assert _output(root, spec) == "lo\n"
     elif network == "host":
@@ -176,7 +179,7 @@ V2 = {"memory": ("memory.max", str(64 * MIB)), "pids": ("pids.max", "77"), "cpus
 
 
 @pytest.mark.parametrize("name", sorted(V1))
-@pytest.mark.applies(to=lambda s, name: name in s.can.limits)
+@pytest.mark.applies(to=lambda s, name: name in s.can.limits and (not s.outer.capabilities.machine or name == "cpus"))
 def test_a_declared_limit_is_the_kernels(root: Root, subject: Subject, name: str) -> None:
     id = root.run_detached(subject.spec("sleep", "600", **LIMITS[name]))
     unified = Path("/sys/fs/cgroup/cgroup.controllers").exists()
@@ -184,7 +187,27 @@ def test_a_declared_limit_is_the_kernels(root: Root, subject: Subject, name: str
     assert _control(root, id, file) == value
 
 
-@pytest.mark.applies(to=lambda s: "pids" in s.can.limits)
+@pytest.mark.applies(to=lambda s: "memory" in s.can.limits and s.outer.capabilities.machine)
+def test_a_machine_has_the_memory_that_it_was_given(root: Root, subject: Subject) -> None:
+    """Inside no more than was asked for; outside that and what the machine itself needs."""
+    id = root.run_detached(subject.spec("sleep", "600", mem_limit=160 * MIB))
+    unified = Path("/sys/fs/cgroup/cgroup.controllers").exists()
+    assert 160 * MIB < int(_control(root, id, (V2 if unified else V1)["memory"][0])) <= 400 * MIB
+    total = _output(root, subject.shell("grep MemTotal /proc/meminfo", mem_limit=160 * MIB)).split()
+    assert 80 * MIB < int(total[1]) * 1024 <= 160 * MIB
+
+
+@pytest.mark.applies(to=lambda s: "pids" in s.can.limits and s.outer.capabilities.machine)
+def test_a_machine_bounds_its_processes(root: Root, subject: Subject) -> None:
+    script = "i=0; while [ $i -lt 60 ]; do sleep 60 & i=$((i+1)); done 2>/dev/null; echo unbounded"
+    conversation, stream, _ = root.run(subject.shell(f"({script}); ls -d /proc/[0-9]* | wc -l", pids_limit=20))
+    stream.ended()
+    conversation.close()
+    assert b"unbounded" not in stream.out
+    stream.close()
+
+
+@pytest.mark.applies(to=lambda s: "pids" in s.can.limits and not s.outer.capabilities.machine)
 def test_the_limits_count_what_runs_inside(root: Root, subject: Subject) -> None:
     id = root.run_detached(subject.spec("sleep", "600"))
     before = int(_control(root, id, "pids.current"))

@@ -119,7 +119,7 @@ def test_what_was_to_be_removed_is_removed_by_the_next_daemon(root: Root, subjec
 
 def test_a_killed_keeper_makes_its_environment_lost_and_harms_no_other(root: Root, subject: Subject) -> None:
     lost = root.run_detached(subject.spec("sleep", "600"))
-    other = root.run_detached(subject.shell(OBEYING))
+    other = _ready(root, subject, OBEYING)
     os.kill(root.ask("inspect", {"env": lost})["keeper_pid"], signal.SIGKILL)
     known = root.until_state(lost, "lost")
     assert known["exit"] is None

@@ -67,6 +67,21 @@ def test_root_inside_is_nobody_outside(root: Root, subject: Subject) -> None:
         assert owners == {0}
 
 
+@pytest.mark.applies(to=lambda s: s.outer.capabilities.machine)
+def test_no_two_machines_share_a_uid(root: Root, subject: Subject) -> None:
+    """The program that a machine is outside runs under a uid that nobody else has."""
+    ids = [root.run_detached(subject.spec("sleep", "600")) for _ in range(2)]
+    owners = []
+    for id in ids:
+        base = root.ask("inspect", {"env": id})["uid_base"]
+        group = traces.processes("nothing of this name", f"/{id}")
+        owners.append({Path(f"/proc/{pid}").stat().st_uid for pid in group})
+        assert owners[-1] == {base}
+        assert base >= UID_FIRST
+    assert not owners[0] & owners[1]
+
+
+@pytest.mark.applies(to=lambda s: not s.outer.capabilities.machine)
 def test_no_two_environments_share_a_uid(root: Root, subject: Subject) -> None:
     running = root.run_detached(subject.spec("sleep", "600"))
     inside, outside, count = _inside(root, subject, "cat /proc/self/uid_map").split()

@@ -22,7 +22,7 @@ from isolat.deadline import Deadline
 from isolat.engine.creation import Request, describe, plan_stack
 from isolat.engine.paths import StateRoot, native_dir
 from isolat.layers import registry
-from isolat.layers.base import ImageRef
+from isolat.layers.base import ImageRef, MachineKit
 from isolat.linux.facts import record_facts
 from isolat.places.wired import WiredPlace
 from isolat.spec.parse import parse
@@ -33,7 +33,12 @@ place = WiredPlace(no_link, record_facts())
 stack = registry.resolve(tuple(service["runtime"].split("/")))
 probes = {layer.name: layer.probe(place, Deadline(20)) for layer in stack}
 image = ImageRef("0" * 64, "/nonexistent/mount")
-request = Request("0123456789abcdef", "NAME", parse(service), service, image, 7, "/nonexistent/upper")
+kit = MachineKit(
+    qemu="/usr/bin/qemu-system-x86_64", qemu_version="7.2.22", qemu_identity="a", sandbox=True, accel="tcg",
+    accel_reason="", tsc_khz=2000000, release="6.1.0-1", kernel="/guest/vmlinux", initramfs="/guest/initramfs",
+    tools="/nonexistent/tools", guest_key="k", jail="/nonexistent/jail",
+)
+request = Request("0123456789abcdef", "NAME", parse(service), service, image, 7, "/nonexistent/upper", machine=kit)
 forbidden = (
     "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.chmod", "os.chown", "os.truncate",
     "os.fork", "os.posix_spawn", "os.exec", "os.system", "subprocess.Popen", "socket.connect", "socket.bind",

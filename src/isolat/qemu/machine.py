@@ -11,6 +11,7 @@ import os
 import socket
 from collections.abc import Iterator, Mapping
 
+from isolat.checkpoint import checkpoint
 from isolat.deadline import Deadline
 from isolat.errors import IsolatError
 from isolat.layers.base import GUEST
@@ -48,22 +49,26 @@ def _start(
     place: Place, command: Command, disks: Mapping[str, tuple[str, bool]], state: int | None, d: Deadline
 ) -> None:
     starting = place.begin(GUEST, command, Io(), d)
+    checkpoint()
     try:
         with monitor(place, d) as qmp:
             mark("machine-monitor")
             if state is not None:
                 dialogue.load(qmp, state, d)
                 mark("machine-loaded")
+                checkpoint()
             for device, (name, read_only) in disks.items():
                 swap(place, qmp, device, name, read_only=read_only, d=d)
             dialogue.cont(qmp, d)
             mark("machine-runs")
+            checkpoint()
     except IsolatError:
         # Where it has died, the keeper knows its last words; what the monitor says is only that it is closed.
         starting.finish(d.sooner(_LAST_WORDS_S))
         raise
     starting.finish(d)
     mark("agent-greeted")
+    checkpoint()
 
 
 def swap(place: Place, qmp: Qmp, device: str, name: str, *, read_only: bool, d: Deadline) -> None:
