@@ -1,4 +1,4 @@
-"""Nobody who speaks to a keeper or an init can crash it. Under the sanitizers, where they have been built."""
+"""Nobody who speaks to a keeper, an init or an agent can crash it. Under the sanitizers, where they have been built."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.unit.native.wireside import (
+    AGENT,
     INIT,
     KEEPER,
     SANITIZED,
@@ -54,6 +55,13 @@ def init(tmp_path: Path) -> Iterator[Held]:
     held = start_init(tmp_path / "init", binary=built("isolat-init", INIT))
     yield held
     held.stop()
+
+
+def start_agent(directory: Path) -> Held:
+    env = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
+    held = Held([str(built("isolat-agent", AGENT)), "--fd", "3"], 3, directory / "stderr", env)
+    held.c.hello()
+    return held
 
 
 def connect(held: Held) -> Controller:
@@ -203,6 +211,114 @@ def test_the_controller_of_an_init(tmp_path_factory: pytest.TempPathFactory, dat
     init = start_init(tmp_path_factory.mktemp("init"), binary=built("isolat-init", INIT))
     throw(init.c, data, [])
     assert init.process.wait(10) == 0, init.words()
+
+
+# Requests are answered and streams are fed by their real numbers where the drawn one is 1, or nothing would get far.
+SERIAL_GUEST = """
+import socket, sys
+sys.path.insert(0, sys.argv[1])
+from isolat.wire import codec, kinds as k
+s = socket.socket(fileno=3)
+decoder, request, stream = codec.Decoder(), 0, 0
+def listen():
+    global request, stream
+    for f in decoder.feed(s.recv(1 << 16)):
+        if f.kind not in k.RAW_KINDS:
+            request, stream = f.id, f.int(k.T_STREAM, stream)
+for part in sys.argv[2:]:
+    data = bytearray.fromhex(part)
+    if request == 0 or data[4:5] in (b"\\x20", b"\\x21"):
+        listen()
+    if data[8:12] == b"\\1\\0\\0\\0":
+        data[8:12] = (stream if data[4] in k.RAW_KINDS else request).to_bytes(4, "little")
+    s.sendall(data)
+listen()
+"""
+SOURCE = str(Path(codec.__file__).parents[2])
+GREETING = codec.pack(k.OK, 1, [(k.T_VERSION, 1), (k.T_ROLE, "agent")])
+
+
+@st.composite
+def stream_frames(draw: st.DrawFn) -> bytes:
+    kind = draw(st.sampled_from(sorted(k.RAW_KINDS)))
+    plain = bytes([draw(st.integers(0, 3))])
+    size = draw(st.sampled_from([0, 1, 4, 5, 40, 65536, 65537]))
+    credit = draw(st.sampled_from([0, 1, 1 << 18, (1 << 32) - 1])).to_bytes(4, "little")
+    body = draw(st.sampled_from([plain, plain + credit, plain + bytes(size)]))
+    return codec.pack_raw(kind, body, draw(st.sampled_from([1, 1, 1, 0, 2])))
+
+
+@st.composite
+def serial_answers(draw: st.DrawFn) -> bytes:
+    kind = draw(st.sampled_from([k.OK, k.OK, k.ERROR, k.EXITED]))
+    exited: codec.Fields = [(k.T_KEY, draw(st.sampled_from(["p", "t"]))), (k.T_CODE, 3), (k.T_SIGNAL, 0)]
+    fields: codec.Fields = draw(st.one_of(st.just(exited), st.just([(k.T_PID, 7), (k.T_COUNT, -1)]), NESTED))
+    return codec.pack(kind, 0 if kind == k.EXITED else draw(st.integers(0, 2)), fields)
+
+
+@settings(SAFE, max_examples=40)
+@given(
+    first=st.one_of(st.just(GREETING), broken(), serial_answers()),
+    parts=st.lists(st.one_of(serial_answers(), stream_frames(), broken()), max_size=6),
+)
+def test_guests_without_descriptors(keeper: Held, first: bytes, parts: list[bytes]) -> None:
+    c = keeper.c
+    argv = ["/usr/bin/python3", "-IS", "-c", SERIAL_GUEST, SOURCE, first.hex(), *(part.hex() for part in parts)]
+    more: codec.Fields = [(k.T_PARK, 20), (k.T_GRACE, 20)]
+    with contextlib.suppress(Refused, TimeoutError):
+        c.answer(c.send(k.SPAWN, spawn_fields("guest", argv, k.F_CONTROL | k.F_SERIAL, more=more)), 0.3)
+    client: Client = c.adopt("guest/p", stdin=True)
+    client.send_bytes(codec.pack_eof(k.STDIN))
+    asked = [
+        c.send(k.SPAWN, spawn_fields("p", ["true"], k.F_STDIN, to="guest")),
+        c.send(k.SPAWN, spawn_fields("t", ["true"], k.F_TTY, to="guest")),
+        c.send(k.RESIZE, [(k.T_KEY, "guest/t"), (k.T_ROWS, 1), (k.T_COLS, 1)]),
+    ]
+    for id in asked:
+        with contextlib.suppress(Refused, TimeoutError):
+            c.answer(id, 0.03)
+    client.close()
+    with contextlib.suppress(Refused):
+        c.ask(k.SIGNAL, [(k.T_KEY, "guest"), (k.T_SIGNAL, 9)])
+    wait_for(lambda: all(p.int(k.T_STATE) == 1 for p in c.procs().values()), "the guest's end")
+    for name in c.procs():
+        to, _, key = name.rpartition("/")
+        c.ask(k.FORGET, [(k.T_KEY, key), *([(k.T_TO, to)] if to else [])])
+    c.events.clear()
+
+
+@settings(SAFE, max_examples=25)
+@given(data=FRAMES)
+def test_the_controller_of_an_agent(tmp_path_factory: pytest.TempPathFactory, data: list[bytes]) -> None:
+    if not harmless(data):
+        return
+    agent = start_agent(tmp_path_factory.mktemp("agent"))
+    throw(agent.c, data, [])
+    assert agent.process.wait(10) == 0, agent.words()
+
+
+@pytest.fixture
+def agent(tmp_path: Path) -> Iterator[Held]:
+    held = start_agent(tmp_path)
+    yield held
+    held.stop()
+
+
+@SAFE
+@given(data=st.lists(stream_frames(), max_size=20), flags=st.sampled_from([k.F_STDIN, k.F_STDIN | k.F_TTY, 0]))
+def test_streams_of_any_form_to_an_agent(agent: Held, data: list[bytes], flags: int) -> None:
+    c = agent.c
+    c.spawn("p", ["sleep", "60"], flags=flags, more=[(k.T_STREAM, 1)])
+    c.spawn("q", ["head", "-c", "100000"], flags=flags, more=[(k.T_STREAM, 2)])
+    for part in data:
+        if part[8:12] != bytes(4):  # a stream without a number is the end of the connection
+            c.send_bytes(part)
+    for key in ("p", "q"):
+        c.ask(k.SIGNAL, [(k.T_KEY, key), (k.T_SIGNAL, 9)])
+    wait_for(lambda: all(p.int(k.T_STATE) == 1 for p in c.procs().values()), "their end")
+    for key in ("p", "q"):
+        c.ask(k.FORGET, [(k.T_KEY, key)])
+    c.events.clear()
 
 
 def test_steps_and_spawns_of_any_form(keeper: Held) -> None:

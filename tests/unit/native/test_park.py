@@ -13,7 +13,7 @@ from tests.unit.native.wireside import AGENT, Controller, Held, Refused, alive, 
 from isolat.wire import kinds as k
 
 SH = "/bin/sh"
-PARK_MS = 100
+PARK_MS = 60
 
 # It tells when it was asked, answers IDLE with what its argument says, and everything else with OK.
 ANSWERS = """
@@ -159,7 +159,7 @@ def test_a_real_agent_with_a_silent_process(c: Controller) -> None:
     client = c.adopt("guest/p", stdin=True)
     c.spawn("p", ["cat"], to="guest", flags=k.F_STDIN)
     wait_for(lambda: c.procs()["guest"].int(k.T_STATE) == 2, "parking")
-    assert Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    wait_for(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T", "being stopped")
     client.write(b"wake up\n")
     assert client.read_until(b"\n") == b"wake up\n"
     assert client.finish().code == 0
