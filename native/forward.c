@@ -60,13 +60,19 @@ static void remember(Proc *guest, Peer *who, uint32_t id, Proc *spawned)
     nforwards++;
 }
 
+/* A guest is ended when more is queued for it than QUEUE_MAX. Requests leave room for credit and streams. */
+static bool has_room(const Proc *guest, size_t n)
+{
+    return guest->control && guest->control->queued + n <= QUEUE_MAX - CHANNEL_FULL;
+}
+
 bool forward(Proc *guest, const char *rest, const Frame *f, Peer *who, uint32_t id, Proc *spawned, int flags)
 {
     Buf body = {0};
     if (nforwards >= FORWARDS_MAX)
         return false;
     rebuild(&body, f->body, rest, spawned, flags);
-    if (buf_size(&body) > MAX_BODY) {
+    if (buf_size(&body) > MAX_BODY || !has_room(guest, buf_size(&body))) {
         buf_free(&body);
         return false;
     }

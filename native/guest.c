@@ -41,14 +41,15 @@ void guest_leave(Proc *p)
         guest_kill(p);
 }
 
-/* No way to it any more: it must not go on without us. What it held is settled when it has been reaped. */
+/* No way to it any more: it must not go on without us, unless it is on its way to its end. What it held is settled
+   when it has been reaped. */
 static void guest_gone(Peer *peer)
 {
     Proc *g = peer->proc;
     if (!g)
         return;
     g->control = NULL;
-    if (g->pid > 0)
+    if (g->pid > 0 && !g->kill_by_ms)
         guest_kill(g);
 }
 

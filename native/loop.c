@@ -1,6 +1,7 @@
 #include "loop.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
 
@@ -71,4 +72,10 @@ void loop_turn(int timeout_ms)
             s->ready(s, events[i].events);
     }
     bury();
+}
+
+bool loop_more(void)
+{
+    struct pollfd one = {epoll, POLLIN, 0};
+    return poll(&one, 1, 0) > 0;
 }

@@ -17,5 +17,6 @@ void source_watch(Source *s, uint32_t events); /* 0: not watched at all, since H
 void source_close(Source *s);
 void release(void *p); /* free() after this batch */
 void loop_turn(int timeout_ms);
+bool loop_more(void); /* is there something to do that has not been begun? */
 
 #endif

@@ -94,6 +94,14 @@ bool launching(void)
     return false;
 }
 
+bool node_busy(void)
+{
+    for (Proc *p = node.procs; p; p = p->next)
+        if (p->state == STARTING || p->state == DRAINING)
+            return true;
+    return loop_more();
+}
+
 bool signal_strays(int signal, bool all_children)
 {
     char path[64], text[8192], *at = text, *end;

@@ -101,6 +101,7 @@ void node_run(void); /* until node.done */
 void node_quit(Peer *who, uint32_t id); /* SIGKILL what is held, reap, answer, leave */
 void kill_strays(void); /* children that we did not spawn: orphans of a guest that is no pid namespace */
 bool launching(void);
+bool node_busy(void); /* something of its own is still to come: output, a start, an end */
 bool signal_strays(int signal, bool all_children);
 void kill_all(int signal, bool guests);
 Peer *controller_new(int fd);

@@ -432,7 +432,11 @@ static void forget(Peer *who, Frame *f)
 
 static void machine(Peer *who, Frame *f)
 {
-    if (!node.on_machine || !node.on_machine(who, f))
+    Buf body = {0};
+    if (node.on_machine && f->kind == K_IDLE && node_busy()) { /* it would be stopped with its words on their way */
+        put_int(&body, T_COUNT, 0);
+        peer_reply(who, K_OK, f->id, &body);
+    } else if (!node.on_machine || !node.on_machine(who, f))
         reply_error(who, f->id, "request", ENOSYS, "this is no machine");
 }
 

@@ -30,7 +30,8 @@ void serial_open_guest(Proc *g)
 
 bool serial_greet(Proc *g, const Frame *f)
 {
-    if (f->kind != K_OK || f->id != HELLO_ID || field_int(f->body, T_VERSION, 0) != WIRE_VERSION)
+    if (f->kind != K_OK || f->id != HELLO_ID || f->nfds || field_int(f->body, T_VERSION, 0) != WIRE_VERSION ||
+        strcmp(field_text(f->body, T_ROLE), "agent") != 0)
         return false;
     g->greeted = true;
     proc_check_start(g);
@@ -48,6 +49,7 @@ void serial_started_local(Proc *p, Peer *up, uint32_t number)
 {
     p->number = number;
     p->up = up->serial;
+    p->input_closed = !(p->flags & F_STDIN);
     credit_all(p->may_send);
     credit_all(p->may_come);
 }
@@ -93,10 +95,15 @@ static bool parse(const Frame *f, int *stream, uint32_t *credit)
 
 /* the keeper's side */
 
+static bool open_output(const Proc *p, int stream)
+{
+    return stream && !(p->ended_streams & 1 << stream) && !(stream == 2 && p->flags & F_TTY);
+}
+
 static bool take_output(Proc *p, int stream, const Frame *f)
 {
     size_t n = f->body.n - 1, cost = n + SERIAL_FRAME;
-    if (stream == 0 || cost > p->may_come[stream] || p->ended_streams & 1 << stream)
+    if (!open_output(p, stream) || cost > p->may_come[stream])
         return false;
     p->may_come[stream] -= cost;
     p->owed[stream] += cost;
@@ -121,6 +128,8 @@ bool serial_from_guest(Proc *g, const Frame *f)
         stream_write(p);
         return true;
     }
+    if (stream && !open_output(p, stream))
+        return false;
     if (stream) {
         stream_told_eof(p, stream);
     } else { /* it has closed its stdin */

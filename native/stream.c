@@ -280,7 +280,7 @@ static void send_input(Proc *p)
         if (owner)
             give_credit(owner, n);
     }
-    if (p->stdin_eof && !p->input_closed)
+    if (p->stdin_eof && !p->input_closed && !(p->flags & F_TTY)) /* the next client of a terminal may type, too */
         serial_input_eof(p);
 }
 
