@@ -96,8 +96,7 @@ class Maker:
         spec = parse(service)
         id = new_id()
         try:
-            stack = registry.resolve(spec.layers)
-            kit = self._kits.get(Deadline(START_S)) if stack[0].capabilities.machine else None
+            kit = self._kit(spec)
             request = self._request(spec, service, caller, id, spec.name or "NAME", 0, kit)
             return describe(self._plan(request, Deadline(START_S)))
         finally:
@@ -119,8 +118,9 @@ class Maker:
                 hint="open each source with O_PATH and send the descriptors in order",
             )
         admission.check(spec, self._facts.memory_bytes, self._facts.cpus, self._paths.root)
+        kit = self._kit(spec)  # fetched once, which may take longer than a start
         d = Deadline(START_S)
-        env, planned, ready = self._create(spec, service, caller, d)
+        env, planned, ready = self._create(spec, service, caller, kit, d)
         io = replace(io, tty=spec.tty, log=spec.logging != "none", main=True)
         with env.operation("starting"):
             try:
@@ -130,12 +130,10 @@ class Maker:
                 raise
 
     def _create(
-        self, spec: Spec, service: Mapping[str, object], caller: Caller, d: Deadline
+        self, spec: Spec, service: Mapping[str, object], caller: Caller, kit: MachineKit | None, d: Deadline
     ) -> tuple[Environment, list[Planned], Environment | None]:
         """The environment with its plans, and the machine made in advance that it takes over, if there was one."""
-        stack = registry.resolve(spec.layers)
-        kit = self._kits.get(d) if stack[0].capabilities.machine else None
-        ready = self._ready_machine(spec, stack, kit, d)
+        ready = self._ready_machine(spec, registry.resolve(spec.layers), kit)
         id = ready.id if ready else new_id()
         index = ready.handle.uid_index if ready else -1
         name = ""
@@ -167,11 +165,14 @@ class Maker:
         self._table.publish("create", env, image=spec.image, layer=spec.layer)
         return env, planned, ready
 
+    def _kit(self, spec: Spec) -> MachineKit | None:
+        """What machines are made of, where the spec's outermost layer is one."""
+        layer = registry.resolve(spec.layers)[0]
+        return self._kits.get(Deadline(FETCH_S)) if layer.capabilities.machine else None
+
     # machines made in advance
 
-    def _ready_machine(
-        self, spec: Spec, stack: tuple[Layer, ...], kit: MachineKit | None, d: Deadline
-    ) -> Environment | None:
+    def _ready_machine(self, spec: Spec, stack: tuple[Layer, ...], kit: MachineKit | None) -> Environment | None:
         layer = stack[0]
         if kit is None or len(stack) > 1 or not isinstance(layer, CanWarm):
             return None

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from isolat.deadline import Deadline
+from isolat.engine.paths import native_dir
 from isolat.errors import IsolatError
 from isolat.evidence import versions
+from isolat.guest import files
 from isolat.images.pool import Pool
 from isolat.layers.base import Layer, Probe
 from isolat.places.base import Place
+from isolat.qemu import accel, features
 from isolat.setup.packages import Group, install_argv, missing
 
 PROBE_S = 15.0
@@ -74,7 +77,7 @@ def examine(place: Place, root: Path, d: Deadline, layers: Mapping[str, Layer] |
         ("features", " ".join(facts.features)),
     )
     found = tuple(_layer(layer, place, d) for layer in layers.values())
-    return Report(machine, found, (_packages(), _pool(root)))
+    return Report(machine, found, (_packages(), _pool(root), _machines(root, d)))
 
 
 def _layer(layer: Layer, place: Place, d: Deadline) -> Finding:
@@ -104,6 +107,24 @@ def _pool(root: Path) -> Finding:
     if pool.available:
         return Finding("disk limits", True)
     return Finding("disk limits", False, pool.reason, "without them an environment can fill the disk")
+
+
+def _machines(root: Path, d: Deadline) -> Finding:
+    """How machines run here: under KVM or emulated, and why. Nothing is fetched for that."""
+    try:
+        qemu = features.find(d.sooner(PROBE_S))
+        program = (("qemu", qemu.version),)
+        known = versions.warnings(dict(program))
+        there = files.found(root / "guest", native_dir())
+        if there is None:
+            reason = "the kernel of machines was not fetched yet: the first one takes some seconds more"
+            return Finding("machines", True, reason, "isolat template create", program, known)
+        chosen = accel.choose(qemu, there, root / "guest" / "accel.json", d.sooner(2 * PROBE_S))
+    except IsolatError as error:
+        return Finding("machines", False, error.message, error.hint)
+    how = {"tcg": "emulated", "kvm": "under KVM"}[chosen.kind]
+    programs = (*program, ("Linux", there.release))
+    return Finding("machines", True, f"they run {how}: {chosen.reason}", "", programs, known)
 
 
 def render(report: Report) -> str:

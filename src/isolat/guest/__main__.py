@@ -15,12 +15,16 @@ def main(argv: list[str]) -> int:
         sys.stderr.write("usage: python -m isolat.guest DIRECTORY\n")
         return 125
     try:
-        files = ensure(Path(argv[0]), native_dir(), lambda text, done, total: sys.stderr.write(f"{text}\n") and None)
+        files = ensure(Path(argv[0]), native_dir(), _tell)
     except IsolatError as error:
         sys.stderr.write(f"{error.message}\n{error.hint}\n")
         return error.exit_code
     sys.stdout.write(f"Linux {files.release}\n")
     return 0
+
+
+def _tell(text: str, done: int, total: int) -> None:
+    sys.stderr.write(f"{text}\n")
 
 
 if __name__ == "__main__":

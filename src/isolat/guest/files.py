@@ -50,6 +50,14 @@ class GuestFiles:
     has_crun: bool  # whether containers can be made inside
 
 
+def found(directory: Path, native: Path) -> GuestFiles | None:
+    """The guest's files as they are, or None where something would have to be made first."""
+    try:
+        return _load(directory, _inputs(native, None))
+    except StoreError:
+        return None
+
+
 def ensure(
     directory: Path,
     native: Path,
@@ -66,17 +74,17 @@ def ensure(
     guest/tools.py raise, and StoreError where the programs are missing.
     """
     inputs = _inputs(native, own_kernel)
-    found = _load(directory, inputs)
-    if found is not None:
-        return found
+    there = _load(directory, inputs)
+    if there is not None:
+        return there
     directory.mkdir(mode=0o711, parents=True, exist_ok=True)
     with _locked(directory, d):
-        found = _load(directory, inputs)  # somebody else has made it meanwhile
-        if found is None:
+        there = _load(directory, inputs)  # somebody else has made it meanwhile
+        if there is None:
             _sweep(directory)
             kernel = _kernel(directory, own_kernel, own_modules, progress, d)
-            found = _make(directory, native, kernel, inputs, progress, d)
-    return found
+            there = _make(directory, native, kernel, inputs, progress, d)
+    return there
 
 
 def _inputs(native: Path, own_kernel: Path | None) -> Inputs:

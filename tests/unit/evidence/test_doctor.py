@@ -72,7 +72,7 @@ def test_the_report_is_json(report: doctor.Report) -> None:
     data: dict[str, Any] = json.loads(json.dumps(report.to_json()))
     assert data["ready"] is True
     assert data["layers"][0]["versions"] == {"crun": "1.8.1", "qemu-system-x86_64": "7.2.1"}
-    assert {part["name"] for part in data["parts"]} == {"packages", "disk limits"}
+    assert {part["name"] for part in data["parts"]} == {"packages", "disk limits", "machines"}
 
 
 def test_looking_changes_nothing(report: doctor.Report, tmp_path: Path) -> None:
