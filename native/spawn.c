@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <grp.h>
+#include <poll.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -205,7 +206,15 @@ static char **with_home(char **env, const char *home)
     return more;
 }
 
-static void child(const Command *c, pid_t parent, Failure *f)
+/* In a PID namespace of its own it sees no parent. But the parent reads the report, and its descriptors are closed
+   before its children are told of its death (do_exit() of the kernel). */
+static bool is_orphan(const Command *c, pid_t parent, int report)
+{
+    struct pollfd reader = {report, 0, 0};
+    return c->spaces & CLONE_NEWPID ? poll(&reader, 1, 0) != 0 : getppid() != parent;
+}
+
+static void child(const Command *c, pid_t parent, int report, Failure *f)
 {
     User u;
     setsid();
@@ -220,8 +229,8 @@ static void child(const Command *c, pid_t parent, Failure *f)
         return;
     if (c->spaces && prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
         return failure_set(f, "spawn", errno, 0, "no_new_privs: %s", strerror(errno));
-    /* after setuid, which clears it; the parent may have died before. In a PID namespace of its own it has none. */
-    if (c->orphan_dies && (prctl(PR_SET_PDEATHSIG, SIGKILL), getppid() != (c->spaces & CLONE_NEWPID ? 0 : parent)))
+    /* after setuid, which clears it; the parent may have died before */
+    if (c->orphan_dies && (prctl(PR_SET_PDEATHSIG, SIGKILL), is_orphan(c, parent, report)))
         _exit(70);
     exec_command(c->argv, with_home(c->env, u.home), f);
 }
@@ -236,8 +245,9 @@ pid_t spawn(const Command *c, int *result)
     pid_t pid = c->spaces ? (pid_t)syscall(SYS_clone, SIGCHLD | c->spaces, NULL, NULL, NULL, NULL) : fork();
     if (!pid) {
         int report = fcntl(pipe_fds[1], F_DUPFD_CLOEXEC, OWN_FDS);
+        close(pipe_fds[0]);
         signal(SIGPIPE, SIG_IGN);
-        child(c, parent, &f);
+        child(c, parent, report, &f);
         write_all(report, &f, sizeof f);
         _exit(f.code ? f.code : 125);
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 from tests.unit.native.wireside import Controller, Held, Refused
@@ -31,7 +32,7 @@ def hold(c: Controller, names: Sequence[str], fds: Sequence[int]) -> None:
 
 def descriptors(keeper: Held) -> int:
     keeper.c.hello()  # so that it has done what was asked before
-    return len(os.listdir(f"/proc/{keeper.pid}/fd"))
+    return len(list(Path(f"/proc/{keeper.pid}/fd").iterdir()))
 
 
 def test_all_or_nothing(keeper: Held, files: list[int]) -> None:

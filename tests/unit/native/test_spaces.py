@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.unit.native.wireside import AGENT, Controller, Held, Refused, start_keeper
+from tests.unit.native.wireside import AGENT, Controller, Held, Refused, alive, spawn_fields, start_keeper, wait_for
 
 from isolat.wire import codec
 from isolat.wire import kinds as k
@@ -117,3 +117,31 @@ def test_failures_have_their_stage(c: Controller, to: str, tmp_path: Path) -> No
             c.spawn("p", ["/no/such"], to=to, more=more)
         assert info.value.stage == stage
     assert c.run("p", ["true"], to=to, more=both).code == 0
+
+
+@pytest.mark.parametrize("spaces", [NEWPID, ALL])
+def test_it_dies_with_its_keeper(keeper: Held, root: Path, spaces: int) -> None:
+    """PID 1 of a namespace is spared most signals, but not its parent's last one."""
+    more: codec.Fields = [(k.T_SPACES, spaces), (k.T_USER, "4242:4343")]
+    if spaces & NEWNS:
+        more.append((k.T_ROOT, bytes(root)))
+    pid = keeper.c.spawn("p", [SH, "-c", "trap '' TERM; sleep 60; true"], more=more)
+    assert alive(pid)
+    keeper.kill()
+    wait_for(lambda: not alive(pid), "its end")
+
+
+def test_it_is_not_started_when_its_keeper_has_died_meanwhile(keeper: Held, tmp_path: Path) -> None:
+    """It sees no parent in its namespace whose change it could notice."""
+    fifo = tmp_path / "fifo"  # where a control group's file is expected: its opening lasts until somebody reads
+    os.mkfifo(fifo)
+    keeper.c.hello()
+    more: codec.Fields = [(k.T_SPACES, NEWPID), (k.T_CGROUP, bytes(fifo))]
+    keeper.c.send(k.SPAWN, spawn_fields("p", ["sleep", "60"], more=more))
+    children = Path(f"/proc/{keeper.pid}/task/{keeper.pid}/children")
+    wait_for(children.read_text, "the child")
+    pid = int(children.read_text())
+    keeper.kill()
+    assert alive(pid)
+    assert fifo.read_bytes() == b"0"
+    wait_for(lambda: not alive(pid), "its end")
