@@ -16,7 +16,7 @@
 #include <sys/un.h>
 #include <unistd.h>
 
-enum { EXIT_USAGE = 64, EXIT_HELD = 75 };
+enum { EXIT_USAGE = 64, EXIT_HELD = 75, IDLE_S_MAX = 1000000 }; /* in ms it fits into an int */
 
 static Source listener;
 
@@ -60,7 +60,7 @@ static Options options(char **argv)
         else
             o.dir = *a;
     }
-    if (!o.dir || o.log_files > 1000)
+    if (!o.dir || o.log_files > 1000 || o.idle_s > IDLE_S_MAX)
         usage();
     return o;
 }

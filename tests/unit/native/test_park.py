@@ -232,6 +232,12 @@ def test_how_long_a_keeper_waits_is_told(tmp_path: Path) -> None:
     assert time.monotonic() - start > 0.8
 
 
+def test_a_keeper_waits_no_longer_than_it_can_count(tmp_path: Path) -> None:
+    held = start_keeper(tmp_path / "long", "--idle-s", "3000000")
+    assert held.process.wait(10) == 64
+    held.c.close()
+
+
 def test_serial_is_for_channels_of_keepers(c: Controller) -> None:
     for flags in (k.F_SERIAL, k.F_SERIAL | k.F_CONTROL | k.F_LAUNCHER):
         with pytest.raises(Refused):
