@@ -12,7 +12,7 @@ from tests.support.images import IMAGE
 from tests.support.roots import Root
 from tests.support.wires import Stream
 
-STACKS = ("fake", "host", "container", "fake/fake", "container/fake", "microvm")
+STACKS = ("fake", "host", "container", "fake/fake", "container/fake", "microvm", "microvm/container")
 _STRENGTH = (Boundary.NONE, Boundary.NAMESPACES, Boundary.KERNEL)
 
 
@@ -35,12 +35,16 @@ def together(layers: Sequence[Layer]) -> Capabilities:
     )
 
 
+VARIANTS: dict[str, dict[str, Any]] = {"booted": {"x-microvm": {"template": False}}}
+
+
 class Subject:
-    """One layer or stack under test."""
+    """One layer or stack under test; ``microvm@booted`` is the layer with the options of a variant."""
 
     def __init__(self, name: str) -> None:
-        self.name = name
-        self.layers = registry.resolve(tuple(name.split("/")))
+        self.name, _, variant = name.partition("@")
+        self.options = VARIANTS[variant] if variant else {}
+        self.layers = registry.resolve(tuple(self.name.split("/")))
         self.can = together(self.layers)
 
     @property
@@ -50,7 +54,7 @@ class Subject:
     def spec(self, *command: str, **keys: Any) -> dict[str, Any]:
         """A service for this stack; ``x_timeout`` stands for ``x-timeout``."""
         more = {name.replace("x_", "x-", 1) if name.startswith("x_") else name: v for name, v in keys.items()}
-        return {"image": IMAGE, "runtime": self.name, "command": list(command), **more}
+        return {"image": IMAGE, "runtime": self.name, "command": list(command), **self.options, **more}
 
     def shell(self, script: str, **keys: Any) -> dict[str, Any]:
         return self.spec("sh", "-c", script, **keys)

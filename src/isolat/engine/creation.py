@@ -163,6 +163,8 @@ def outer_job(request: Request, place: Place, paths: StateRoot, command: tuple[s
 
 def _inner_job(job: Job, layer: Layer, inside: Place) -> Job:
     """The job of the next layer, as seen from inside this one: volumes, limits and image stay with the outermost."""
+    if layer.capabilities.machine:
+        return _job_in_machine(job, inside)
     spec = replace(
         job.spec,
         volumes=(),
@@ -174,8 +176,6 @@ def _inner_job(job: Job, layer: Layer, inside: Place) -> Job:
         disk_bytes=DEFAULT_DISK_BYTES,
     )
     job = replace(job, spec=spec, facts=inside.facts, upper="", cgroup="")
-    if layer.capabilities.machine:
-        return _job_in_machine(job)
     shared = layer.capabilities.boundary == Boundary.NONE
     return replace(
         job,
@@ -184,15 +184,23 @@ def _inner_job(job: Job, layer: Layer, inside: Place) -> Job:
     )
 
 
-def _job_in_machine(job: Job) -> Job:
+def _job_in_machine(job: Job, inside: Place) -> Job:
     """The machine's own memory and disk are the limits; the image is mounted, the tools are there (layers/microvm)."""
     return replace(
         job,
+        facts=inside.facts,
         dir=f"{microvm.INSIDE}/environments/{job.id}",
         libexec=f"{microvm.TOOLS}/bin",
         runtime_root=f"{microvm.INSIDE}/runtime",
         image=microvm.inner_image(job.image) if job.image else None,
-        spec=replace(job.spec, memory_bytes=0),
+        spec=replace(
+            job.spec,
+            volumes=(),
+            memory_bytes=0,
+            memory_swap_bytes=None,
+            cpus=DEFAULT_CPUS,
+            disk_bytes=DEFAULT_DISK_BYTES,
+        ),
         upper=f"{microvm.DISK}/{job.id}",
         upper_bounded=True,
         cgroup=f"/isolat/{job.id}",
