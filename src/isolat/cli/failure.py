@@ -18,6 +18,8 @@ _OPTIONS = {
     "storage_opt": "--disk", "volumes": "--volume", "tmpfs": "--tmpfs", "network_mode": "--network",
     "labels": "--label", "x-timeout": "--timeout", "stop_grace_period": "--stop-timeout", "logging": "--log-driver",
     "x-oci-runtime": "--oci-runtime",
+    "x-accel": "--accel",
+    "x-kernel": "--kernel",
 }  # fmt: skip
 
 

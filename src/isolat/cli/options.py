@@ -121,6 +121,8 @@ _RUN_OPTIONS = (
     Option("--label", LIST, "whatever helps you to find it", "NAME[=VALUE]"),
     Option("--log-driver", VALUE, "file (default) or none", "DRIVER"),
     Option("--oci-runtime", VALUE, "the OCI runtime of the container layer: crun, runc or a path", "PROGRAM"),
+    Option("--accel", VALUE, "how a machine's processors run: auto (default), tcg or kvm", "KIND"),
+    Option("--kernel", VALUE, "a machine's kernel instead of the distribution's", "FILE"),
     Option("--plan", FLAG, "print every effect it would have, and do nothing"),
     Option("--json", FLAG, "with --plan: print JSON"),
 )

@@ -33,6 +33,8 @@ _PLAIN = {
     "network": "network_mode",
     "label": "labels",
     "oci_runtime": "x-oci-runtime",
+    "accel": "x-accel",
+    "kernel": "x-kernel",
     "workdir": "working_dir",
     "tty": "tty",
     "interactive": "stdin_open",

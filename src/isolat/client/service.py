@@ -36,6 +36,8 @@ class Options(TypedDict, total=False):
     remove: bool
     log_driver: str
     oci_runtime: str
+    accel: str
+    kernel: str
     options: Mapping[str, Mapping[str, Any]]
 
 
@@ -46,6 +48,7 @@ _KEYS = {
     "memory": "mem_limit", "memory_swap": "memswap_limit", "cpus": "cpus", "cpu_shares": "cpu_shares",
     "pids": "pids_limit", "tmpfs": "tmpfs", "labels": "labels", "stop_grace_s": "stop_grace_period",
     "timeout_s": "x-timeout", "remove": "x-remove", "oci_runtime": "x-oci-runtime",
+    "accel": "x-accel", "kernel": "x-kernel",
 }  # fmt: skip
 _OTHERS = {"disk", "log_driver", "volumes", "options"}
 

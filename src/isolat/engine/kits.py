@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import subprocess
@@ -33,29 +34,42 @@ class Kits:
         self.jail = paths.root / "mounts" / "jail"
         self._native = native
         self._lock = threading.Lock()
-        self._kit: MachineKit | None = None
-        self._files: files.GuestFiles | None = None
+        self._kits: dict[tuple[str, str], tuple[files.GuestFiles, MachineKit]] = {}
 
-    def get(self, d: Deadline, progress: Progress = no_progress) -> MachineKit:
-        """The kit; what is missing is fetched and made. Raises what guest/files.py and qemu/features.py raise."""
+    def get(
+        self, d: Deadline, progress: Progress = no_progress, *, accelerator: str = "auto", kernel: str = ""
+    ) -> MachineKit:
+        """The kit; what is missing is fetched and made. Raises what guest/files.py and qemu/features.py raise.
+
+        ``accelerator``: see qemu/accel.py. ``kernel``: a file instead of the distribution's.
+        """
         with self._lock:
-            found = files.ensure(self.dir, self._native, progress, d=Deadline(FETCH_S))
-            if self._kit is None or found != self._files:
-                self._kit, self._files = self._make(found, progress), found
-            jail.ensure(self.jail, self.dir, kvm=self._kit.accel == "kvm")
-            return self._kit
+            found = self._guest(kernel, progress, d.sooner(FETCH_S))
+            key = (accelerator, kernel)
+            if key not in self._kits or self._kits[key][0] != found:
+                self._kits[key] = (found, self._make(found, accelerator, progress))
+            kit = self._kits[key][1]
+            jail.ensure(self.jail, self.dir, kvm=kit.accel == "kvm")
+            return kit
+
+    def _guest(self, kernel: str, progress: Progress, d: Deadline) -> files.GuestFiles:
+        """Each kernel of somebody's own has a directory of its own, named by its path."""
+        if not kernel:
+            return files.ensure(self.dir, self._native, progress, d=d)
+        at = self.dir / "kernels" / hashlib.sha256(kernel.encode()).hexdigest()[:16]
+        return files.ensure(at, self._native, progress, own_kernel=Path(kernel), d=d)
 
     def close(self) -> None:
         """Take away what is mounted."""
         jail.remove(self.jail)
 
-    def _make(self, found: files.GuestFiles, progress: Progress) -> MachineKit:
+    def _make(self, found: files.GuestFiles, accelerator: str, progress: Progress) -> MachineKit:
         progress("looking at what QEMU can do", 0, 0)
         qemu = features.find(Deadline(30), self.dir / "qemu.json")
         lacking = qemu.missing("microvm")
         if lacking:
             raise Unsupported(f"QEMU {qemu.version} lacks {', '.join(lacking)}", hint="use QEMU 7.2 or later")
-        asked = os.environ.get("ISOLAT_ACCEL", "auto")
+        asked = os.environ.get("ISOLAT_ACCEL", "auto") if accelerator == "auto" else accelerator
         chosen = accel.choose(qemu, found, self.dir / "accel.json", Deadline(60), asked)
         return MachineKit(
             qemu=chosen.qemu.binary,

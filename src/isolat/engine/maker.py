@@ -168,7 +168,9 @@ class Maker:
     def _kit(self, spec: Spec) -> MachineKit | None:
         """What machines are made of, where the spec's outermost layer is one."""
         layer = registry.resolve(spec.layers)[0]
-        return self._kits.get(Deadline(FETCH_S)) if layer.capabilities.machine else None
+        if not layer.capabilities.machine:
+            return None
+        return self._kits.get(Deadline(FETCH_S), accelerator=spec.accel, kernel=spec.kernel)
 
     # machines made in advance
 
@@ -215,7 +217,7 @@ class Maker:
         if others or not isinstance(layer, CanWarm):
             raise Unsupported(f"the layer {spec.layer} has no templates", hint="isolat template create --layer microvm")
         d = Deadline(FETCH_S)
-        kit = self._kits.get(d, progress)
+        kit = self._kits.get(d, progress, accelerator=spec.accel, kernel=spec.kernel)
         index = self._table.take_uids()
         try:
             request = Request(new_id(), "", spec, service, None, index, "", machine=kit)

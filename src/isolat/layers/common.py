@@ -48,6 +48,8 @@ def check(job: Job, layer: str, can: Capabilities) -> None:
         ("read_only", spec.read_only, can.read_only),
         ("hostname", bool(spec.hostname), can.hostname),
         ("user", bool(spec.user), can.users),
+        ("x-accel", spec.accel != "auto", can.machine),
+        ("x-kernel", bool(spec.kernel), can.machine),
     )
     refused = [field for field, wanted, possible in asked if wanted and not possible]
     if refused:

@@ -60,6 +60,8 @@ class Spec:
     remove: bool = False  # --rm
     logging: str = "file"  # or none
     oci_runtime: str = ""
+    accel: str = "auto"  # how a machine's processors run: auto, tcg, kvm
+    kernel: str = ""  # a machine's kernel; empty: the distribution's
     options: tuple[tuple[str, Any], ...] = field(default=())  # x-LAYER: what only one layer understands
 
     @property

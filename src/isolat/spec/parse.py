@@ -72,6 +72,8 @@ KEYS: tuple[Key, ...] = (
         values.text("[a-zA-Z0-9_/][a-zA-Z0-9_./+-]*", "a program", 255),
         "the OCI runtime of the container layer: crun, runc, or a path",
     ),
+    Key("x-accel", "accel", values.choice({"auto": "auto", "tcg": "tcg", "kvm": "kvm"}), "how a machine's processors run"),
+    Key("x-kernel", "kernel", values.PATH, "a machine's kernel: a bzImage or vmlinux with its modules beside it"),
 )
 BY_NAME = {key.name: key for key in KEYS}
 LAYER_OPTIONS = re.compile("x-([a-z][a-z0-9-]{0,31})")

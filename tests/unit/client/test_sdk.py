@@ -65,6 +65,7 @@ def test_every_option_parses(tmp_path: Path) -> None:
         hostname="h", stdin=True, read_only=True, init=False, network="host", memory=64 << 20, memory_swap="128m",
         cpus=0.5, cpu_shares=512, pids=32, disk="1g", volumes={str(tmp_path): "/data:ro"}, tmpfs=["/t"],
         labels={"a": "b"}, stop_grace_s=1.5, timeout_s=3.0, remove=True, log_driver="none", oci_runtime="runc",
+        accel="tcg", kernel="/boot/vmlinuz",
         options={"b": {"x": 1}},
     )  # fmt: skip
     for fd in fds:

@@ -67,6 +67,8 @@ def specs(draw: st.DrawFn) -> Spec:
         "timeout_s": draw(st.none() | _durations(10**6, 10**17)),
         "logging": draw(st.sampled_from(["file", "none"])),
         "oci_runtime": draw(st.sampled_from(["", "runc", "/usr/bin/crun"])),
+        "accel": draw(st.sampled_from(["auto", "tcg", "kvm"])),
+        "kernel": draw(st.sampled_from(["", "/boot/vmlinuz"])),
         "options": tuple(options.items()),
     }
     return Spec(**values)
