@@ -132,6 +132,7 @@ void guest_ended(Proc *g)
             failure_set(&f, "guest", ESRCH, 0, "the guest ended");
             proc_failed(p, &f);
         } else if (p->state == ALIVE) {
+            p->with_guest = true;
             proc_exited(p, 128 + SIGKILL, SIGKILL);
         }
     }

@@ -51,6 +51,7 @@ struct Proc {
     int master;    /* of a pty that goes up with the OK; -1 */
     Peer *control; /* to what was spawned with CONTROL */
     bool greeted;  /* it has said HELLO */
+    bool unbound;  /* at an agent: its host is another one now, which does not know it yet */
     /* streams */
     Stream out[2];
     int ended_streams; /* bits: EOF was told */
@@ -66,12 +67,16 @@ struct Proc {
     size_t may_send[3]; /* stdin at the keeper, output at the agent */
     size_t may_come[3]; /* the other way */
     size_t owed[3];     /* written, but no credit given for it yet */
+    size_t foreign;     /* of the leftover stdin: what came from another host, so without credit */
     /* of a guest */
     bool serial;        /* its channel has no descriptors, and it greets when asked */
     int64_t spoke_ms, park_ms, park_wait_ms;
     uint8_t parked;     /* Parking */
     uint32_t asked;     /* the number of the latest IDLE */
+    uint32_t hushed_by; /* the controller that keeps its channel silent, by its serial */
     int64_t grace_ms, kill_by_ms; /* for its own end after MAIN's; 0: none */
+    /* of what is in a guest */
+    bool with_guest;    /* it ended because its guest did */
 };
 
 enum Parking { AWAKE, ASKED, PARKED };
@@ -168,6 +173,14 @@ void park_spoke(Proc *g);                              /* before every frame to 
 bool park_answer(Proc *g, const Frame *f);             /* true: it was for us */
 void park_woken(Proc *g);
 void park_tick(int64_t now_ms, int *timeout_ms);
+
+/* hush.c: silence on a serial channel, and a machine that has come to another host */
+bool hushed(const Proc *g);
+void hush_guest(Peer *who, const Frame *f, const char *to);
+void hush_self(Peer *who, const Frame *f);
+void hush_controller_gone(const Peer *who);
+void hush_new_host(Peer *who);
+void hush_bind(Peer *who, const Frame *f, Proc *p);    /* a process that is there to this host */
 
 /* hold.c: descriptors kept by name */
 void hold(Peer *who, Frame *f);

@@ -26,8 +26,20 @@ Proc *proc_find(const char *name)
     return NULL;
 }
 
+/* Nobody asks any more for what another host had started. */
+static void forget_unbound(void)
+{
+    for (Proc *p = node.procs, *next; p; p = next) {
+        next = p->next;
+        if (p->unbound && p->state == ENDED)
+            proc_drop(p);
+    }
+}
+
 Proc *proc_new(const char *name, int flags)
 {
+    if (node.nprocs >= PROCS_MAX)
+        forget_unbound();
     if (node.nprocs >= PROCS_MAX)
         return NULL;
     Proc *p = xalloc(sizeof *p);
@@ -430,6 +442,8 @@ void proc_put_exit(Buf *b, const Proc *p)
     put_int(b, T_SIGNAL, p->signal);
     put_int(b, T_TIME, p->started_ns);
     put_int(b, T_TIME, p->ended_ns);
+    if (p->with_guest)
+        put_text(b, T_STAGE, "guest");
 }
 
 /* Once it is drained: record, then tell. */
@@ -444,6 +458,8 @@ void proc_finish(Proc *p)
         node.main_ended = true;
     }
     client_tell_exit(p);
+    if (p->unbound)
+        return;
     for (Peer *c = peers; c; c = c->next)
         if (c->kind == PEER_CONTROLLER) {
             Buf body = {0};

@@ -15,7 +15,7 @@ from pathlib import Path
 from isolat.checkpoint import checkpoint
 from isolat.deadline import Deadline
 from isolat.engine.environment import Environment
-from isolat.engine.handle import HANDLE, read_exit
+from isolat.engine.handle import HANDLE, guest_words, read_exit
 from isolat.engine.journal import log
 from isolat.engine.keepers import Keepers, quit_keeper
 from isolat.errors import IsolatError
@@ -51,7 +51,7 @@ class Endings:
         env.save(
             state=State.EXITED if exit is not None else State.LOST,
             exit=exit,
-            reason=reason or env.stop_reason,
+            reason=reason or env.stop_reason or guest_death(env, exit),
             started_ns=handle.started_ns or (exit.started_ns if exit else 0),
         )
 
@@ -93,6 +93,14 @@ class Endings:
 
 def _kept(step: Step) -> bool:
     return bool(getattr(step, "keep", False))
+
+
+def guest_death(env: Environment, exit: Exit | None) -> str:
+    """What is said where the application ended because its machine, or init, did, unless that was asked for."""
+    if exit is None or not exit.with_guest or exit.forced:
+        return ""
+    words = guest_words(env.directory)
+    return f"what it ran in ended under it{f', its last words: {words}' if words else ''}"
 
 
 def recorded_exit(env: Environment) -> Exit | None:

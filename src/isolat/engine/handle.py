@@ -20,6 +20,8 @@ from isolat.places.steps import step_from_json
 VERSION = 1
 HANDLE = "handle.json"
 EXIT_RECORD = "exit.json"
+GUEST_TAIL = "guest.tail"
+_TAIL_LINES = 10
 
 
 @dataclass(frozen=True)
@@ -127,4 +129,20 @@ def read_exit(directory: Path) -> Exit | None:
         return None
     signal = int(data.get("signal") or 0)
     code = 128 + signal if signal else int(data.get("code") or 0)
-    return Exit(code=code, signal=signal, started_ns=int(data["started_ns"]), ended_ns=int(data["ended_ns"]))
+    return Exit(
+        code=code,
+        signal=signal,
+        started_ns=int(data["started_ns"]),
+        ended_ns=int(data["ended_ns"]),
+        with_guest=bool(data.get("with_guest")),
+    )
+
+
+def guest_words(directory: Path) -> str:
+    """The last lines that its guest wrote (a machine's console), in one line; empty where it wrote none."""
+    try:
+        text = (directory / GUEST_TAIL).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    lines = ("".join(c for c in line if c.isprintable()).strip() for line in text.splitlines())
+    return " | ".join([line for line in lines if line][-_TAIL_LINES:])

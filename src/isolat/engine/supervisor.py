@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from isolat.deadline import Deadline
 from isolat.engine import entering
-from isolat.engine.endings import Endings
+from isolat.engine.endings import Endings, guest_death
 from isolat.engine.environment import Environment
 from isolat.engine.journal import log
 from isolat.engine.recovery import Recovery
@@ -106,7 +106,7 @@ class Supervisor:
                 return
             if env.handle.remove:
                 exit = replace(exit, forced=env.forced, oom=self._endings.oom(env))
-                env.handle = env.handle.with_(exit=exit, reason=env.stop_reason)
+                env.handle = env.handle.with_(exit=exit, reason=env.stop_reason or guest_death(env, exit))
                 self._table.publish("die", env, code=exit.code, signal=exit.signal)
                 self._destroy_or_retry(env)
                 return

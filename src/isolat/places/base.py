@@ -96,6 +96,7 @@ class Exit:
     ended_ns: int = 0
     forced: bool = False
     oom: bool = False
+    with_guest: bool = False  # what it ran in ended under it
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from isolat.engine.handle import Handle, handle_from_json, read_exit, read_handle, write_handle
+from isolat.engine.handle import Handle, guest_words, handle_from_json, read_exit, read_handle, write_handle
 from isolat.errors import StoreError
 from isolat.layers.base import Frame, State
 from isolat.places.base import Command, Exit
@@ -73,3 +73,17 @@ def test_an_exit_record_tells_signals_from_codes(tmp_path: Path) -> None:
     assert read_exit(tmp_path) == Exit(3, 0, 1, 2)
     (tmp_path / "exit.json").unlink()
     assert read_exit(tmp_path) is None
+
+
+def test_an_exit_record_tells_an_end_with_the_guest(tmp_path: Path) -> None:
+    record = {"version": 1, "started_ns": 1, "ended_ns": 2, "code": None, "signal": 9, "with_guest": True}
+    (tmp_path / "exit.json").write_text(json.dumps(record))
+    assert read_exit(tmp_path) == Exit(137, 9, 1, 2, with_guest=True)
+
+
+def test_a_guests_last_words_are_one_printable_line(tmp_path: Path) -> None:
+    assert guest_words(tmp_path) == ""
+    words = "".join(f"line {n}\r\n" for n in range(20)) + "\x1b[31mKernel panic\x1b[0m \xff\n\n"
+    (tmp_path / "guest.tail").write_bytes(words.encode("latin-1"))
+    told = guest_words(tmp_path)
+    assert told.startswith("line 11 | ") and "Kernel panic" in told and told.isprintable()

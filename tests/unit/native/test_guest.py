@@ -106,7 +106,8 @@ def test_main_inside_ends_the_guest_and_is_recorded(keeper: Held, tmp_path: Path
     script = "head -c 50000 /dev/zero; sleep 60 & exit 4"
     result = c.run("main", [SH, "-c", script], to="guest", flags=k.F_MAIN | k.F_LOG)
     assert (len(result.stdout), result.code) == (50000, 4)
-    assert json.loads((tmp_path / "env" / "exit.json").read_text())["code"] == 4
+    record = json.loads((tmp_path / "env" / "exit.json").read_text())
+    assert record["code"] == 4 and "with_guest" not in record
     assert c.exited("guest/other").int(k.T_SIGNAL) == 9
     assert c.exited("guest").int(k.T_SIGNAL) == 9
     assert not alive(guest)
@@ -123,7 +124,8 @@ def test_a_killed_guest_ends_main_with_signal_9(keeper: Held, tmp_path: Path) ->
     client.close()
     assert result.code == 137
     record = json.loads((tmp_path / "env" / "exit.json").read_text())
-    assert (record["code"], record["signal"]) == (None, 9)
+    assert (record["code"], record["signal"], record["with_guest"]) == (None, 9, True)
+    assert c.exited("guest/main").text(k.T_STAGE) == "guest"
     with pytest.raises(Refused) as info:
         c.spawn("late", ["true"], to="guest")
     assert info.value.stage == "guest"
