@@ -25,6 +25,7 @@ CLIENT = "/usr/bin/docker"  # Debian's, whatever else is first in PATH
 DAEMON = "/usr/sbin/dockerd"
 START_S = 60.0
 STOP_S = 30.0
+_NO_NETWORK = ("--bridge=none", "--iptables=false", "--ip6tables=false", "--ip-masq=false")
 
 
 class Docker:
@@ -40,6 +41,10 @@ class Docker:
 
     def run(self, command: Sequence[str], *options: str) -> list[str]:
         return self.argv("run", "--rm", "--network", "none", *options, IMAGE, *command)
+
+    def run_bridged(self, command: Sequence[str], *options: str) -> list[str]:
+        """As users have it who say nothing about the network; of a daemon that was started with its bridge."""
+        return self.argv("run", "--rm", *options, IMAGE, *command)
 
     def call(self, *words: str) -> str:
         done = subprocess.run(self.argv(*words), capture_output=True, text=True, check=False)
@@ -61,12 +66,15 @@ def version(docker: Docker) -> str:
 
 
 @contextlib.contextmanager
-def running(erofs: Path) -> Iterator[Docker]:
-    """A private dockerd with the image's tree imported; afterwards no process, mount, file or cgroup of it."""
+def running(erofs: Path, *, bridge: bool = False) -> Iterator[Docker]:
+    """A private dockerd with the image's tree imported; afterwards no process, mount, file or cgroup of it.
+
+    ``bridge``: with its default network, bridge and firewall rules, in a network namespace that ends with it.
+    """
     root = Path(tempfile.mkdtemp(prefix="isolat-bench-docker-"))
     docker = Docker(root)
     try:
-        with _daemon(docker):
+        with _daemon(docker, bridge):
             _import(docker, erofs)
             yield docker
     finally:
@@ -74,12 +82,12 @@ def running(erofs: Path) -> Iterator[Docker]:
 
 
 @contextlib.contextmanager
-def _daemon(docker: Docker) -> Iterator[None]:
+def _daemon(docker: Docker, bridge: bool) -> Iterator[None]:
     root = docker.root
     (root / "daemon.json").write_text("{}\n")  # not the machine's own settings
     with (root / "log").open("wb") as log:
         process = subprocess.Popen(
-            _daemon_argv(docker), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            _daemon_argv(docker, bridge), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
     try:
         _wait_ready(docker, process)
@@ -88,11 +96,13 @@ def _daemon(docker: Docker) -> Iterator[None]:
         _stop(process)
 
 
-def _daemon_argv(docker: Docker) -> list[str]:
+def _daemon_argv(docker: Docker, bridge: bool = False) -> list[str]:
     root = docker.root
     own_run = 'mount -t tmpfs -o mode=755 tmpfs /run && exec "$@"'  # shim sockets and plugins have fixed paths there
+    if bridge:
+        own_run = f"ip link set lo up && {own_run}"
     return [
-        "unshare", "--mount", "--propagation", "private",
+        "unshare", "--mount", "--propagation", "private", *(("--net",) if bridge else ()),
         "/bin/sh", "-c", own_run, "sh",
         DAEMON,
         "--config-file", f"{root}/daemon.json",
@@ -101,10 +111,7 @@ def _daemon_argv(docker: Docker) -> list[str]:
         "--exec-root", f"{root}/exec",
         "--pidfile", f"{root}/pid",
         "--cgroup-parent", docker.cgroup,
-        "--bridge=none",
-        "--iptables=false",
-        "--ip6tables=false",
-        "--ip-masq=false",
+        *(() if bridge else _NO_NETWORK),
     ]  # fmt: skip
 
 

@@ -157,16 +157,18 @@ def _line(row: Sequence[str], widths: Sequence[int]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def interleave(what: Mapping[str, Sample], runs: int, warm_ups: int = WARM_UPS) -> list[Series]:
+def interleave(
+    what: Mapping[str, Sample], runs: int, warm_ups: int = WARM_UPS, pause_s: float | None = None
+) -> list[Series]:
     """Take ``runs`` samples of each in turns, after ``warm_ups`` rounds that don't count.
 
-    Each round has an order of its own (shuffled, the same in every run of the bench), and a pause stands before each
-    sample: what one leaves to be tidied up in the background must not fall on the next.
+    Each round has an order of its own (shuffled, the same in every run of the bench), and a pause (``pause_s``, else
+    ``PAUSE_S``) stands before each sample: what one leaves to be tidied up in the background must not fall on the next.
     """
     found: dict[str, list[float]] = {name: [] for name in what}
     for number in range(-warm_ups, runs):
         for name in _order(list(what), number):
-            time.sleep(PAUSE_S)
+            time.sleep(PAUSE_S if pause_s is None else pause_s)
             sample = what[name]()
             if number >= 0:
                 found[name].append(sample)

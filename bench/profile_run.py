@@ -109,18 +109,26 @@ def take(argv: Sequence[str], file: Path) -> Run:
 
 
 def measure(options: argparse.Namespace) -> dict[str, list[float]]:
-    argv = subject.argv("run", "--rm", options.image, "true")
+    argv = subject.argv("run", "--rm", "--layer", options.layer, options.image, "true")
     with tempfile.TemporaryDirectory(prefix="isolat-bench-") as directory:
         file = Path(directory) / "trace"
         with traced(file):
             for _ in range(lib.WARM_UPS):
-                take(argv, file)
-            return offsets([take(argv, file) for _ in range(options.runs)])
+                paused(options.pause, argv, file)
+            return offsets([paused(options.pause, argv, file) for _ in range(options.runs)])
+
+
+def paused(pause_s: float, argv: Sequence[str], file: Path) -> Run:
+    """One run after a pause, in which what is made in the background ends: its marks are not this run's."""
+    time.sleep(pause_s)
+    return take(argv, file)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = lib.parser(__doc__)
     parser.add_argument("--image", default=subject.IMAGE, help="the image to run (default %(default)s)")
+    parser.add_argument("--layer", default="container", help="the layer or stack (default %(default)s)")
+    parser.add_argument("--pause", type=float, default=0.0, metavar="S", help="seconds before each run (default 0)")
     options = parser.parse_args(argv)
     found = rows(measure(options))
     if options.json:
