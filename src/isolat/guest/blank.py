@@ -13,6 +13,7 @@ import errno
 import fcntl
 import os
 import shutil
+import threading
 from pathlib import Path
 
 from isolat.deadline import NEVER, Deadline
@@ -48,7 +49,7 @@ def blank(directory: Path, size_bytes: int, d: Deadline = NEVER) -> Path:
             "could not find mkfs.ext4, which is required to make a machine's disk", hint="apt-get install e2fsprogs"
         )
     directory.mkdir(parents=True, exist_ok=True)
-    beside = directory / f".{path.name}.{os.getpid()}"
+    beside = directory / f".{path.name}.{os.getpid()}-{threading.get_native_id()}"  # threads make the first at once
     try:
         with beside.open("wb") as file:
             file.truncate(size)
