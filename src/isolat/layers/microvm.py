@@ -18,10 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
-import os
 import signal
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -30,7 +27,7 @@ from isolat.deadline import Deadline
 from isolat.errors import CommandNotFound, DeadlineExceeded, InternalError, NotExecutable, StartFailed, Unsupported
 from isolat.guest import blank
 from isolat.guest.kernel import KERNEL_ARGUMENTS
-from isolat.layers import common
+from isolat.layers import common, machines
 from isolat.layers.base import (
     GUEST,
     Boundary,
@@ -46,7 +43,6 @@ from isolat.layers.base import (
     Source,
     TemplatePlan,
 )
-from isolat.linux import cgroup
 from isolat.places.base import CgroupFacts, CgroupMode, Command, Exit, Facts, Identity, Io, Needs, Place, Proc
 from isolat.places.rooted import RootedPlace
 from isolat.places.steps import (
@@ -73,10 +69,7 @@ GROUP = "/sys/fs/cgroup/isolat-application"
 OPTIONS = frozenset({"template", "park_s"})
 MEMORY_MIN_BYTES = 96 << 20
 PARK_S = 10.0
-THREADS_MAX = 128  # of QEMU: one for each processor, one for each file that is just read, and a few
-ENTROPY_BYTES = 64
 EXERCISES = 3
-SPACES = 0x00020000 | 0x04000000 | 0x08000000 | 0x20000000 | 0x40000000  # NEWNS, NEWUTS, NEWIPC, NEWPID, NEWNET
 _SYSTEM = MS_NOSUID | MS_NOEXEC | MS_NODEV
 _ENTROPY_DEVICES = {"vda": "/dev/vda", "vdb": "/dev/vdb", "vdc": "/dev/vdc"}
 
@@ -97,32 +90,22 @@ class MicrovmLayer(Layer):
     )
 
     def probe(self, place: Place, d: Deadline) -> Probe:
-        """Ready where root is given and QEMU is there; what it can do is asked when a machine is made."""
-        facts = place.facts
-        if not facts.root:
-            return Probe(False, "it needs root, and the place does not give it", "put it on the machine, as root")
-        if facts.tool("qemu-system-x86_64") is None:
-            return Probe(False, "QEMU was not found", "apt-get install qemu-system-x86")
-        if facts.machine != "x86_64":
-            return Probe(False, f"machines of {facts.machine} are not made yet", "use an x86_64 machine")
-        if facts.cgroups.mode is CgroupMode.NONE:
-            return Probe(False, "no control groups are mounted, so nothing could be limited", "mount cgroup2")
-        return Probe(True)
+        return machines.probe(place)
 
     def plan(self, job: Job, probe: Probe) -> Plan:
         common.check(job, self.name, self.capabilities)
         options = _options(job)
-        kit = _kit(job)
+        kit = machines.kit_of(job, self.name)
         asked = _machine(job, kit)
         templated = _templated(options, kit)
         guest = _guest(job, kit, replace(asked, incoming=templated), _park_s(options))
         template = _template(job, kit, asked, guest) if templated else None
         outer = not job.command
         return Plan(
-            steps=_outside(job, argv.memory_overhead_bytes(asked)),
+            steps=machines.outside(job, argv.memory_overhead_bytes(asked)),
             guest=guest,
             main=None if outer else replace(common.main(job, common.hostname(job)), root=ROOT, cgroup_files=_join()),
-            needs=Needs(job.spec.memory_bytes, job.spec.cpus, job.spec.disk_bytes, _digests(job)),
+            needs=Needs(job.spec.memory_bytes, job.spec.cpus, job.spec.disk_bytes, machines.digests(job)),
             descriptors=_descriptors(job, kit, template),
             inside=_stacked_steps() if outer else _inside(job),
             template=template,
@@ -255,12 +238,6 @@ def _templated(options: Mapping[str, Any], kit: MachineKit) -> bool:
     return kit.templates and bool(options.get("template", True))
 
 
-def _kit(job: Job) -> MachineKit:
-    if job.machine is None:
-        raise InternalError(f"the layer microvm was asked to plan {job.id} without a kernel and QEMU")
-    return job.machine
-
-
 def _machine(job: Job, kit: MachineKit) -> argv.Machine:
     if job.spec.memory_bytes < MEMORY_MIN_BYTES:
         raise Unsupported(
@@ -277,7 +254,7 @@ def _machine(job: Job, kit: MachineKit) -> argv.Machine:
         accel=kit.accel,
         cpu=argv.KVM_CPU if kit.accel == "kvm" else argv.TCG_CPU,
         memory_mib=job.spec.memory_bytes >> 20,
-        cpus=_cpus(job),
+        cpus=machines.cpus(job),
         tsc_khz=kit.tsc_khz if kit.accel == "tcg" else 0,
         vmlinux=kit.kernel,
         initramfs=kit.initramfs,
@@ -286,28 +263,9 @@ def _machine(job: Job, kit: MachineKit) -> argv.Machine:
     )
 
 
-def _cpus(job: Job) -> int:
-    """One processor unless more were asked for: under emulation a second one costs more than it brings."""
-    return max(1, math.ceil(job.spec.cpus)) if "cpus" in common.limits_asked(job) else 1
-
-
-def _digests(job: Job) -> tuple[str, ...]:
-    return (job.image.digest,) if job.image else ()
-
-
 def _guest(job: Job, kit: MachineKit, asked: argv.Machine, park_s: float) -> Command:
-    return Command(
-        argv=argv.microvm_argv(asked),
-        env=(("PATH", common.PATH), ("MALLOC_ARENA_MAX", "1")),
-        user=f"{job.uid_base}:{job.uid_base}",
-        root=kit.jail,
-        cgroup_files=cgroup.join_files(job.facts.cgroups, job.cgroup),
-        control=True,
-        serial=True,
-        held=("ram", "qmp-peer", "state") if asked.incoming else ("ram", "qmp-peer"),
-        spaces=SPACES,
-        park_s=park_s,
-    )
+    held = ("ram", "qmp-peer", "state") if asked.incoming else ("ram", "qmp-peer")
+    return replace(machines.guest(job, kit, argv.microvm_argv(asked), held), park_s=park_s)
 
 
 def _template(job: Job, kit: MachineKit, asked: argv.Machine, guest: Command) -> TemplatePlan:
@@ -342,19 +300,6 @@ def _descriptors(job: Job, kit: MachineKit, template: TemplatePlan | None) -> tu
         Descriptor("disk", Source.DISK, f"{job.dir}/disk.img", job.spec.disk_bytes, writable=True),
         *(() if job.command else (Descriptor("tools", Source.FILE, kit.tools),)),
     )
-
-
-def _outside(job: Job, overhead_bytes: int) -> tuple[Step, ...]:
-    """The control group around QEMU: the guest's memory, and what QEMU needs for itself."""
-    facts = job.facts.cgroups
-    paths = cgroup.directories(facts, job.cgroup, cgroup.PLAIN_V1)
-    if not paths:
-        return ()
-    limits = cgroup.limits_of(job.spec)
-    memory = job.spec.memory_bytes + overhead_bytes
-    swap = max(memory, limits.memory_swap_bytes + overhead_bytes)
-    limits = replace(limits, memory_bytes=memory, memory_swap_bytes=swap, pids=THREADS_MAX)
-    return (Cgroup(paths, cgroup.writes(facts, job.cgroup, limits)),)
 
 
 # in the guest
@@ -444,13 +389,7 @@ def _begin(frame: Frame, place: Place, disks: Mapping[str, tuple[str, bool]], d:
 
 
 def _identity(frame: Frame, changed: tuple[str, ...]) -> Identity:
-    return Identity(
-        entropy=os.urandom(ENTROPY_BYTES),
-        time_ns=time.time_ns(),
-        host=str(frame.option("host") or ""),
-        mac=str(frame.option("mac") or ""),
-        devices=tuple(_ENTROPY_DEVICES[name] for name in changed),
-    )
+    return machines.identity(frame, tuple(_ENTROPY_DEVICES[name] for name in changed))
 
 
 def _below_root(step: Step) -> Step:
