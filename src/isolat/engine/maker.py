@@ -34,7 +34,7 @@ from isolat.engine.supervisor import Supervisor
 from isolat.engine.table import Table
 from isolat.engine.templates import Template, Templates
 from isolat.engine.warm import WarmPool, normal_priority
-from isolat.errors import Conflict, Unsupported, UsageError
+from isolat.errors import Conflict, IsolatError, Unsupported, UsageError
 from isolat.images.pool import Pool
 from isolat.images.store import ImageStore, Progress
 from isolat.layers import registry
@@ -182,10 +182,17 @@ class Maker:
         request = Request(new_id(), "", spec, {}, image, 0, "", machine=kit)
         key = layer.warm_key(outer_job(request, self.nowhere(), self._paths, ("",)))
         found = self.warm.take(key, lambda: self._make_in_advance(layer, spec, image, kit))
-        if found is None or (found.link is not None and not found.link.closed):
+        if found is None or self._still_runs(found):
             return found
         self._undo(found)
         return None
+
+    def _still_runs(self, ready: Environment) -> bool:
+        """Whether nobody has killed the machine, or its keeper, since it was made."""
+        with contextlib.suppress(IsolatError):
+            place = WiredPlace(ready.live_link, self._facts)
+            return any(proc.key == GUEST and proc.exit is None for proc in place.procs(GUEST, Deadline(5)))
+        return False
 
     def _make_in_advance(self, layer: CanWarm, spec: Spec, image: ImageRef, kit: MachineKit) -> Environment:
         assert isinstance(layer, Layer)
@@ -193,8 +200,12 @@ class Maker:
         index = self._table.take_uids()
         id = new_id()
         request = Request(id, f"warm-{id}", spec, {}, image, index, "", machine=kit)
-        job = layer.warm_job(outer_job(request, self.nowhere(), self._paths, ("",)))
-        plan = layer.plan(job, self.probe(layer, self.nowhere(), d))
+        try:
+            job = layer.warm_job(outer_job(request, self.nowhere(), self._paths, ("",)))
+            plan = layer.plan(job, self.probe(layer, self.nowhere(), d))
+        except BaseException:
+            self._table.give_back_uids(index)
+            raise
         planned = Planned(layer, plan, frame_of(layer, plan, last=True))
         env = Environment(handle_of(request, [planned], self._boot_id), self._paths.env(id))
         try:
