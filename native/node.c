@@ -44,8 +44,8 @@ static void look_again(int *timeout_ms)
 
 static void controller_gone(Peer *p)
 {
-    (void)p;
     node.idle_since_ms = ticks_ms();
+    hush_controller_gone(p);
     if (!node.keeper)
         node_quit(NULL, 0);
 }

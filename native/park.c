@@ -9,10 +9,11 @@ nothing else; SIGCONT and its first answer take milliseconds, because all that i
 /* Numbers that no forwarded request has. One for each question, or a late answer would be taken for the next one's. */
 enum { PARK_IDS = 0x7fff0000, PARK_IDS_MASK = 0xffff, PARK_WAIT_FACTOR = 16 };
 
-/* Not while it has its grace: it was told to end. */
+/* Not while it has its grace: it was told to end. Nor while it is silent: it could not answer. */
 static bool parks(const Proc *g)
 {
-    return g->name && g->park_ms && g->control && g->greeted && g->pid > 0 && !g->kill_by_ms;
+    return g->name && g->park_ms && g->control && g->greeted && g->pid > 0 && !g->kill_by_ms &&
+           !hushed(g);
 }
 
 void park_woken(Proc *g)

@@ -56,7 +56,10 @@ int peer_count(uint8_t kind)
 
 static bool full(const Peer *p) { return p->patient && p->queued > CHANNEL_FULL; }
 
-static void watch(Peer *p) { source_watch(&p->source, (full(p) ? 0 : EPOLLIN) | (p->first ? EPOLLOUT : 0)); }
+/* Has it something that may be written now? */
+static bool has_due(const Peer *p) { return p->first && (!p->hushed || p->due); }
+
+static void watch(Peer *p) { source_watch(&p->source, (full(p) ? 0 : EPOLLIN) | (has_due(p) ? EPOLLOUT : 0)); }
 
 static void drop_queue(Peer *p)
 {
@@ -167,7 +170,7 @@ void peer_send(Peer *p, Frame *f)
     if (p->gone || p->broken || p->closing)
         return;
     wire_pack_header(header, f);
-    if (!p->first) {
+    if (!p->first && !p->hushed) {
         struct iovec iov[2] = {{header, HEADER_BYTES}, {(void *)f->body.p, f->body.n}};
         ssize_t n = transmit(p, iov, 2, f->fds, f->nfds);
         if (n < 0 && !would_block()) {
@@ -197,7 +200,7 @@ void peer_reply(Peer *p, uint8_t kind, uint32_t id, Buf *body)
 
 static void flush(Peer *p)
 {
-    while (p->first) {
+    while (has_due(p)) {
         Out *o = p->first;
         struct iovec iov = {o->data + o->at, o->len - o->at};
         ssize_t n = transmit(p, &iov, 1, o->fds, o->nfds);
@@ -213,6 +216,7 @@ static void flush(Peer *p)
         o->nfds = 0;
         o->at += (size_t)n;
         p->queued -= (size_t)n;
+        p->due -= p->hushed ? (size_t)n : 0;
         if (o->at < o->len)
             return;
         p->first = o->next;
@@ -222,6 +226,30 @@ static void flush(Peer *p)
     }
     if (p->closing)
         finish_now(p);
+}
+
+void peer_hush(Peer *p)
+{
+    p->hushed = true;
+    p->due = p->queued;
+    watch(p);
+}
+
+void peer_speak(Peer *p)
+{
+    if (!p->hushed || p->gone)
+        return;
+    p->hushed = false;
+    watch(p);
+    if (p->ops->drained)
+        p->ops->drained(p); /* whoever waited for room waits no more */
+}
+
+void peer_forget(Peer *p)
+{
+    drop_queue(p);
+    p->due = 0;
+    watch(p);
 }
 
 static bool take_fds(Peer *p, struct msghdr *m)

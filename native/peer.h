@@ -27,13 +27,14 @@ struct Peer {
     bool passes_fds;
     bool device;  /* a port: nothing to read may mean that nobody is at its other end */
     bool patient; /* who does not take the answers is not cut off, but not listened to meanwhile */
+    bool hushed;  /* after what is due now nothing is written until somebody says so */
     bool closing; /* ends when its queue is empty */
     bool broken;  /* can't be written to any more, but may have sent something */
     bool gone;
     Buf in;
     int fds[4 * MAX_FDS], nfds; /* received, not yet taken by a frame */
     Out *first, *last;
-    size_t queued;
+    size_t queued, due;
     Proc *proc; /* a client's process; the process at the other end of a guest's channel */
     /* of a client */
     bool stdin_wanted, stdin_eof;
@@ -49,6 +50,9 @@ int peer_count(uint8_t kind);
 void peer_send(Peer *p, Frame *f); /* keeps its own copies of the descriptors */
 void peer_reply(Peer *p, uint8_t kind, uint32_t id, Buf *body); /* frees the body */
 void peer_close(Peer *p);
+void peer_hush(Peer *p);
+void peer_speak(Peer *p);
+void peer_forget(Peer *p); /* nothing of what is queued is ever sent */
 void peer_finish(Peer *p); /* close after what is queued */
 bool peer_read(Peer *p);  /* one receive; false: nothing there now, or gone */
 bool peer_look(Peer *p);  /* a device that nobody was at the other end of: is it watched again? */

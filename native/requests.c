@@ -189,15 +189,19 @@ static const char *spawn_refusal(const Frame *f, int flags)
     return NULL;
 }
 
-static void spawn_again(Peer *who, uint32_t id, Proc *p)
+static void spawn_again(Peer *who, const Frame *f, Proc *p)
 {
     Buf body = {0};
+    if (p->unbound) {
+        hush_bind(who, f, p);
+        return;
+    }
     if (p->state == STARTING) {
-        proc_wait_start(p, who, id);
+        proc_wait_start(p, who, f->id);
         return;
     }
     put_int(&body, T_PID, p->pid);
-    peer_reply(who, K_OK, id, &body);
+    peer_reply(who, K_OK, f->id, &body);
 }
 
 static void spawn_options(Proc *p, Peer *who, const Frame *f)
@@ -225,7 +229,7 @@ static void spawn_request(Peer *who, Frame *f)
         return;
     Proc *p = proc_find(name);
     if (p && p->state != PENDING) {
-        spawn_again(who, f->id, p);
+        spawn_again(who, f, p);
         return;
     }
     if (!p && !(p = proc_new(name, 0))) {
@@ -461,12 +465,16 @@ static void serve(Peer *who, Frame *f)
     case K_RESUME:
     case K_SETTLE:
     case K_IDLE: *to ? pass_on(who, f, to) : machine(who, f); break;
+    case K_HUSH: *to ? hush_guest(who, f, to) : hush_self(who, f); break;
     default: reply_error(who, f->id, "request", ENOSYS, "unknown kind of request"); break;
     }
 }
 
 void request_handle(Peer *who, Frame *f)
 {
+    if (f->kind == K_HELLO && !who->passes_fds) /* before anything is said: it is not for this host */
+        hush_new_host(who);
+    peer_speak(who);
     if (f->id && wire_raw(f->kind) && !who->passes_fds)
         serial_from_controller(who, f);
     else if (!f->id || f->kind >= K_OK) /* every request has a number; replies and streams are none */

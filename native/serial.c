@@ -50,6 +50,8 @@ void serial_started_local(Proc *p, Peer *up, uint32_t number)
     p->number = number;
     p->up = up->serial;
     p->input_closed = !(p->flags & F_STDIN);
+    p->foreign = buf_size(&p->leftover);
+    memset(p->owed, 0, sizeof p->owed);
     credit_all(p->may_send);
     credit_all(p->may_come);
 }
@@ -227,7 +229,7 @@ void serial_from_controller(Peer *up, const Frame *f)
 bool serial_full(const Proc *p)
 {
     const Peer *up = peer_by_serial(p->up);
-    return up && up->queued > CHANNEL_FULL;
+    return up && (up->queued > CHANNEL_FULL || up->hushed);
 }
 
 size_t serial_room(const Proc *p, int stream)
@@ -259,8 +261,10 @@ void serial_eof(Proc *p, int stream)
 
 void serial_written(Proc *p, size_t n)
 {
-    p->owed[0] += n;
-    if (p->owed[0] >= SERIAL_BATCH || !buf_size(&p->leftover))
+    size_t foreign = n < p->foreign ? n : p->foreign;
+    p->foreign -= foreign;
+    p->owed[0] += n - foreign;
+    if (p->owed[0] >= SERIAL_BATCH || (p->owed[0] && !buf_size(&p->leftover)))
         give_credit(p, 0);
 }
 
