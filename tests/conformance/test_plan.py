@@ -37,6 +37,7 @@ kit = MachineKit(
     qemu="/usr/bin/qemu-system-x86_64", qemu_version="7.2.22", qemu_identity="a", sandbox=True, accel="tcg",
     accel_reason="", tsc_khz=2000000, release="6.1.0-1", kernel="/guest/vmlinux", initramfs="/guest/initramfs",
     tools="/nonexistent/tools", guest_key="k", jail="/nonexistent/jail",
+    pc="/usr/bin/qemu-system-x86_64",
 )
 request = Request("0123456789abcdef", "NAME", parse(service), service, image, 7, "/nonexistent/upper", machine=kit)
 forbidden = (

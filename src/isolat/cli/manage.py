@@ -1,9 +1,11 @@
-"""``ps``, ``stop``, ``kill``, ``wait``, ``rm``, ``inspect``: requests whose answers are printed."""
+"""``ps``, ``stop``, ``kill``, ``wait``, ``rm``, ``inspect``, ``screenshot``: requests whose answers are printed."""
 
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from isolat.cli import failure, tables
@@ -132,3 +134,20 @@ def inspect(parsed: o.Parsed) -> int:
             code = failure.tell(error)
     tables.print_json(found)
     return code
+
+
+def screenshot(parsed: o.Parsed) -> int:
+    """Written by this process, with the caller's rights; ``-`` is standard output."""
+    env, target = parsed.words
+    root = connect.find_root(parsed.values.get("root"))
+    with connect.call(root, "screenshot", {"env": env}) as request:
+        picture = connect.picture(request)
+    if target == "-":
+        sys.stdout.buffer.write(picture)
+        sys.stdout.buffer.flush()
+        return 0
+    try:
+        Path(target).write_bytes(picture)
+    except OSError as error:
+        raise o.usage_error(f"cannot write {target}: {error.strerror}") from error
+    return 0

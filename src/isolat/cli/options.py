@@ -181,6 +181,9 @@ VERBS: dict[str, Verb] = {
         ),
         Verb("inspect", "ENV…", "everything known of it, as JSON", "manage:inspect", (_JSON,), (1, None)),
         Verb(
+            "screenshot", "ENV FILE", "what its screen shows, as PNG (FILE may be -)", "manage:screenshot", (), (2, 2),
+        ),
+        Verb(
             "events", "", "what happens, as it happens", "events:events",
             (Option("--since", VALUE, "begin with the past: 10m, or 2026-01-31T12:00:00", "TIME"),
              Option("--no-follow", FLAG, "end with the present"), _JSON),

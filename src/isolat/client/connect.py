@@ -131,6 +131,20 @@ def ask(root: str, verb: str, args: Mapping[str, Any], *, start: bool = True) ->
         return request.result()
 
 
+def picture(request: Call) -> bytes:
+    """The bytes of the one descriptor that the answer carries, from its beginning."""
+    _, content, fds = request.next()
+    try:
+        if len(fds) != 1:
+            from isolat.errors import ProtocolError
+
+            raise ProtocolError("the daemon did not answer with a picture")
+        return posix.pread(fds[0], int(content["bytes"]), 0)
+    finally:
+        for fd in fds:
+            posix.close(fd)
+
+
 def _died() -> Exception:
     from isolat.errors import DaemonUnavailable
 

@@ -130,6 +130,10 @@ class Environment:
         found: dict[str, Any] = self.client._ask("inspect", {"env": self.id})
         return found
 
+    def screenshot(self) -> bytes:
+        """What its screen shows, as PNG. Raises Unsupported where it has none."""
+        return screenshot(self.client, self.id)
+
     def logs(
         self, *, follow: bool = False, tail: int | None = None, since_s: float | None = None
     ) -> Iterator[logs.LogRecord]:
@@ -266,6 +270,12 @@ def open_logs(client: Client, env: str) -> tuple[int, bool]:
             os.close(fd)
         raise ProtocolError("the daemon did not answer with the environment's directory")
     return fds[0], bool(content.get("running"))
+
+
+def screenshot(client: Client, env: str) -> bytes:
+    """What the environment's screen shows, as PNG."""
+    with client._call("screenshot", {"env": env}) as request:
+        return connect.picture(request)
 
 
 def run(

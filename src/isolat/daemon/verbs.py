@@ -166,6 +166,13 @@ def logs(call: Call) -> Answer:
     return {"id": env.id, "name": env.name, "running": env.state.alive, "kept": env.handle.spec.get("logging")}
 
 
+def screenshot(call: Call) -> Answer:
+    """The picture comes as a descriptor, so that nothing of ours is ever written to a file of the caller's choosing."""
+    picture = call.engine.screenshot(call.args.text("env"))
+    call.closing.append(picture)
+    return {"bytes": os.fstat(picture).st_size}
+
+
 def stop(call: Call) -> Answer:
     grace_s = call.args.number("grace_s", None, 0, 86400)
     return _end(call.engine.stop(call.args.text("env"), grace_s))
@@ -241,7 +248,7 @@ def images(call: Call) -> Answer:
 
 
 def rmi(call: Call) -> Answer:
-    call.engine.images.remove(call.args.text("image"), call.engine.in_use())
+    call.engine.remove_image(call.args.text("image"))
     return {}
 
 
@@ -287,6 +294,7 @@ VERBS: dict[str, Callable[[Call], Answer]] = {
     "ps": ps,
     "inspect": inspect,
     "logs": logs,
+    "screenshot": screenshot,
     "stop": stop,
     "kill": kill,
     "wait": wait,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import grp
+import os
 import queue
 import signal as signals
 import socket
@@ -34,16 +35,18 @@ from isolat.engine.supervisor import OPERATION_WAIT_S, Supervisor
 from isolat.engine.table import Table, row
 from isolat.engine.templates import Template, Templates
 from isolat.engine.warm import DEFAULT_MOST
-from isolat.errors import DeadlineExceeded, IllegalState, Lost, NotFound, StartFailed
+from isolat.errors import DeadlineExceeded, IllegalState, Lost, NotFound, StartFailed, Unsupported
 from isolat.images.pool import Pool
 from isolat.images.store import ImageStore, Progress
 from isolat.layers import registry
-from isolat.layers.base import Layer, Probe, State
+from isolat.layers.base import CanShow, Layer, Probe, State
 from isolat.linux.facts import record_facts
 from isolat.places.base import Command, Exit, Io, Place
 from isolat.places.link import Reactor
+from isolat.places.wired import WiredPlace
 
 _STOP_MORE_S = 10.0
+_SCREEN_S = 30.0
 
 GROUP = "isolat"
 
@@ -262,6 +265,26 @@ class Engine:
         self.table.publish("kill", env, signal=signal)
         place.signal(env.handle.frames[-1].main_key, signal, Deadline(10))
 
+    def screenshot(self, ref: str) -> int:
+        """A new descriptor of memory with what its screen shows, as PNG: the caller's from now on.
+
+        Raises Unsupported where none of its layers has a screen.
+        """
+        env = self.find(ref)
+        states.check(Verb.SCREENSHOT, env.state, env.name)
+        place: Place = WiredPlace(env.live_link, self.facts)
+        frame = env.handle.frames[0]
+        layer = registry.LAYERS[frame.layer]
+        if not isinstance(layer, CanShow):
+            raise Unsupported(f"the layer {frame.layer} has no screen", hint="a whole PC has one: --layer vm")
+        fd = os.memfd_create("screen", os.MFD_CLOEXEC)
+        try:
+            layer.screenshot(frame, place, fd, Deadline(_SCREEN_S))
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
     def wait(self, ref: str, d: Deadline = NEVER) -> Environment:
         """Until it has ended, and is gone where it was to be removed."""
         env = self.find(ref)
@@ -285,6 +308,11 @@ class Engine:
             # A daemon that is killed from here on finishes the removal at its next start.
             env.save(remove=True, state=State.REMOVING)
             self._supervisor.destroy(env)
+
+    def remove_image(self, name: str) -> None:
+        """Take this name away; with its last one the image goes, and the disks that were made from it."""
+        self.images.remove(name, self.in_use())
+        self.kits.prune_disks({image.digest for image in self.images.list()})
 
     def in_use(self) -> set[str]:
         """The digests of images that an environment stands on."""

@@ -15,14 +15,19 @@ from isolat.layers.base import Descriptor, Source, TemplatePlan
 from isolat.places.base import Place
 
 Opener = Callable[[TemplatePlan, Deadline], tuple[int, int]]
+Bases = Callable[[Descriptor, Deadline], Path]
 
 
 class Holding:
-    """``template`` gives a template's two descriptors, making it where there is none; they stay its own."""
+    """``template`` gives a template's two descriptors, making it where there is none; they stay its own.
 
-    def __init__(self, blanks: Path, template: Opener) -> None:
+    ``bases`` gives the bootable disk that this one shall be a copy of.
+    """
+
+    def __init__(self, blanks: Path, template: Opener, bases: Bases) -> None:
         self._blanks = blanks
         self._template = template
+        self._bases = bases
 
     def provide(
         self,
@@ -72,6 +77,9 @@ class Holding:
                 return _memory(descriptor.name, descriptor.size_bytes)
             if descriptor.source is Source.DISK:
                 _make_disk(blank(self._blanks, descriptor.size_bytes), Path(descriptor.path))
+            if descriptor.source is Source.BOOTABLE:
+                _make_disk(self._bases(descriptor, d), Path(descriptor.path))
+                os.chmod(descriptor.path, 0o600)
             mode = os.O_RDWR if descriptor.writable else os.O_RDONLY
             return os.open(descriptor.path, mode | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError as error:
@@ -84,7 +92,7 @@ def _memory(name: str, size_bytes: int) -> int:
     return fd
 
 
-def _make_disk(empty: Path, at: Path) -> None:
-    """A disk with an empty file system; the one that is there stays."""
+def _make_disk(base: Path, at: Path) -> None:
+    """A copy of this disk; the one that is there stays."""
     if not at.exists():
-        copy_sparse(empty, at)
+        copy_sparse(base, at)

@@ -9,6 +9,7 @@ import os
 import subprocess
 import threading
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 from isolat.deadline import Deadline
@@ -17,8 +18,9 @@ from isolat.engine.handle import write_atomically
 from isolat.engine.paths import StateRoot
 from isolat.errors import StartFailed, Unsupported
 from isolat.guest import files
+from isolat.images import disks
 from isolat.images.store import Progress, no_progress
-from isolat.layers.base import MachineKit
+from isolat.layers.base import Descriptor, MachineKit
 from isolat.qemu import accel, features, jail
 
 FETCH_S = 600.0  # a kernel comes over the network
@@ -26,11 +28,12 @@ _TSC_S = 10.0
 
 
 class Kits:
-    """The kit of one state root, below ``STATE_ROOT/guest`` and, the root QEMU runs in, ``STATE_ROOT/mounts/jail``."""
+    """The kit of one state root: ``guest``, ``disks`` and, the root that QEMU runs in, ``mounts/jail`` below it."""
 
     def __init__(self, paths: StateRoot, native: Path) -> None:
         self.dir = paths.root / "guest"
         self.blanks = self.dir / "blanks"
+        self.disks = paths.root / "disks"
         self.jail = paths.root / "mounts" / "jail"
         self._native = native
         self._lock = threading.Lock()
@@ -51,6 +54,22 @@ class Kits:
             kit = self._kits[key][1]
             jail.ensure(self.jail, self.dir, kvm=kit.accel == "kvm")
             return kit
+
+    def pc_kernel(self, progress: Progress = no_progress) -> None:
+        """Fetch the kernel of whole PCs where it is missing, which may take long. Raises what ``get`` raises."""
+        disks.kernel(self.disks, progress, Deadline(FETCH_S))
+
+    def base_disk(self, wanted: Descriptor, d: Deadline) -> Path:
+        """The bootable disk that an environment's own is a copy of; made where there is none.
+
+        Raises what images/disk.py raises.
+        """
+        agent = self._native / files.AGENT
+        return disks.ensure(self.disks, wanted.image, Path(wanted.tree), agent, wanted.size_bytes, d=d)
+
+    def prune_disks(self, digests: Collection[str]) -> None:
+        """Remove the bootable disks of images other than these."""
+        disks.prune(self.disks, digests)
 
     def _guest(self, kernel: str, progress: Progress, d: Deadline) -> files.GuestFiles:
         """Each kernel of somebody's own has a directory of its own, named by its path."""
@@ -85,6 +104,7 @@ class Kits:
             tools=str(found.tools),
             guest_key=found.key,
             jail=str(self.jail),
+            pc="" if qemu.missing("q35") else qemu.binary,
         )
 
     def _in_jail(self, path: Path) -> str:

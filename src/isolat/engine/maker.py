@@ -87,7 +87,7 @@ class Maker:
         self._boot_id = boot_id()
         self._kits = kits
         self._templates = templates
-        self._holding = Holding(kits.blanks, templates.open)
+        self._holding = Holding(kits.blanks, templates.open, kits.base_disk)
         self.warm = WarmPool(self._undo, warm)
         self._probes: dict[tuple[str, str, str], tuple[float, Probe]] = {}
 
@@ -170,6 +170,8 @@ class Maker:
         layer = registry.resolve(spec.layers)[0]
         if not layer.capabilities.machine:
             return None
+        if layer.capabilities.boots:
+            self._kits.pc_kernel()
         return self._kits.get(Deadline(FETCH_S), accelerator=spec.accel, kernel=spec.kernel)
 
     # machines made in advance

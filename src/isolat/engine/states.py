@@ -18,6 +18,7 @@ class Verb(StrEnum):
     REMOVE = "rm"
     REMOVE_FORCED = "rm --force"
     INSPECT = "inspect"
+    SCREENSHOT = "screenshot"
 
 
 _ALWAYS = frozenset(State)
@@ -34,6 +35,7 @@ LEGAL: dict[Verb, frozenset[State]] = {
     Verb.REMOVE: _ENDED | {State.REMOVING},
     Verb.REMOVE_FORCED: _ALWAYS,
     Verb.INSPECT: _ALWAYS,
+    Verb.SCREENSHOT: _RUNNING,
 }
 
 _HINTS: dict[Verb, str] = {

@@ -30,7 +30,7 @@ from isolat.engine.journal import log
 from isolat.engine.keepers import Keepers, quit_keeper
 from isolat.engine.paths import StateRoot
 from isolat.errors import InternalError, IsolatError, NotFound, StoreError
-from isolat.layers.base import TemplatePlan
+from isolat.layers.base import Descriptor, TemplatePlan
 from isolat.linux import cgroup
 from isolat.places.base import Command, Facts
 from isolat.places.link import Link
@@ -85,7 +85,7 @@ class Templates:
         self._cgroup = paths.cgroup
         self._keepers = keepers
         self._facts = facts
-        self._holding = Holding(blanks, _no_template)
+        self._holding = Holding(blanks, _no_template, _no_disk)
         self._lock = threading.Lock()
         self._making: dict[str, threading.Lock] = {}
         self._open: dict[str, _Open] = {}
@@ -244,3 +244,7 @@ class Templates:
 
 def _no_template(plan: TemplatePlan, _: Deadline) -> tuple[int, int]:
     raise InternalError(f"the template {plan.key} is to be made from another one")
+
+
+def _no_disk(wanted: Descriptor, _: Deadline) -> Path:
+    raise InternalError(f"a template has the disk {wanted.path}")

@@ -59,6 +59,14 @@ def ensure(
     return path
 
 
+def kernel(directory: Path, progress: Progress = no_progress, d: Deadline = NEVER) -> None:
+    """Fetch the kernel that the disks get, where it is missing. Raises what guest/kernel.py's ``fetch`` raises."""
+    if not (directory / _KERNEL).exists():
+        directory.mkdir(mode=0o711, parents=True, exist_ok=True)
+        with _locked(directory, d):
+            _kernel(directory, progress, d)
+
+
 def prune(directory: Path, digests: Collection[str]) -> int:
     """Remove the disks of images other than these; says how many."""
     kept = {digest[:_DIGITS] for digest in digests}

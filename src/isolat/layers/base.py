@@ -50,6 +50,8 @@ class Capabilities:
     own_uids: bool = False  # a uid range of its own
     images: bool = True  # it needs an image as its root
     machine: bool = False  # it needs what machines are made of (MachineKit)
+    boots: bool = False  # it boots the image itself, which must hold an init
+    screen: bool = False  # CanShow
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class MachineKit:
     guest_key: str  # stands for the contents of kernel, initramfs and tools
     jail: str  # the read-only root that QEMU runs in
     templates: bool = True
+    pc: str = ""  # the QEMU that makes whole PCs, as seen in the jail; empty: none here
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,7 @@ class Source(StrEnum):
     PAIR = "pair"  # one end of a new socket pair; its other end is held as NAME-peer
     FILE = "file"  # the file at this path
     DISK = "disk"  # a new, empty, sparse file system of this size, at this path
+    BOOTABLE = "bootable"  # a new, sparse, bootable disk of this size at this path, made from an image
     TEMPLATE_MEMORY = "template-memory"  # what a template keeps
     TEMPLATE_STATE = "template-state"
 
@@ -141,9 +145,12 @@ class Descriptor:
     path: str = ""
     size_bytes: int = 0
     writable: bool = False
+    image: str = ""  # the digest of what a bootable disk is made from
+    tree: str = ""  # where that is mounted
 
     def describe(self) -> str:
         what = {Source.FILE: f"open {self.path}", Source.DISK: f"make an empty disk {self.path}"}
+        what |= {Source.BOOTABLE: f"make a bootable disk {self.path} from {self.tree}"}
         size = f" ({self.size_bytes >> 20} MiB)" if self.size_bytes else ""
         return f"hold {self.name}: {what.get(self.source, self.source.value)}{size}"
 
@@ -279,6 +286,14 @@ class CanWarm(Protocol):
 
     def take(self, frame: Frame, warm: Frame, place: Place, io: Io, d: Deadline) -> Proc | None:
         """``start`` for a machine that was made in advance, as ``warm``."""
+
+
+@runtime_checkable
+class CanShow(Protocol):
+    """What has a screen."""
+
+    def screenshot(self, frame: Frame, place: Place, fd: int, d: Deadline) -> None:
+        """Write what the screen shows to ``fd``, from its beginning, as PNG."""
 
 
 class Rewriter(Protocol):

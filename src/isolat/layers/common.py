@@ -77,7 +77,7 @@ def check_options(layer: str, options: Mapping[str, Any], known: Collection[str]
     if unknown:
         raise Unsupported(
             f"the {layer} layer knows no option {', '.join(unknown)}",
-            hint=f"x-{layer} may hold: {', '.join(sorted(known))}",
+            hint=f"x-{layer} may hold: {', '.join(sorted(known)) or 'nothing yet'}",
         )
 
 

@@ -1,6 +1,6 @@
 """Which layers there are, and which may stand on which.
 
-A layer is added by one line in ``LAYERS``. What may be stacked follows from the declared capabilities; only what makes
+A layer is added by one word in ``_ALL``. What may be stacked follows from the declared capabilities; only what makes
 no place of its own is named, in ``ALONE``.
 """
 
@@ -15,8 +15,10 @@ from isolat.layers.container import ContainerLayer
 from isolat.layers.fake import FakeLayer
 from isolat.layers.host import HostLayer
 from isolat.layers.microvm import MicrovmLayer
+from isolat.layers.vm import VmLayer
 
-LAYERS: dict[str, Layer] = {layer.name: layer for layer in (HostLayer(), ContainerLayer(), MicrovmLayer(), FakeLayer())}
+_ALL = (HostLayer(), ContainerLayer(), MicrovmLayer(), VmLayer(), FakeLayer())
+LAYERS: dict[str, Layer] = {layer.name: layer for layer in _ALL}
 
 # Entering host is the same place with another root: nothing there that a layer could be put on.
 ALONE = frozenset({"host"})

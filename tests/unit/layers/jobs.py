@@ -43,6 +43,7 @@ KIT = MachineKit(
     tools="/state/guest/tools.erofs",
     guest_key="1" * 64,
     jail="/state/mounts/jail",
+    pc="/usr/bin/qemu-system-x86_64",
 )
 
 

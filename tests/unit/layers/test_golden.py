@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from isolat.layers.registry import LAYERS
 from isolat.oci.seccomp import oci_seccomp
 from isolat.places.steps import PutFile, step_from_json
 from isolat.spec.model import Tmpfs, Volume
-from tests.unit.layers.jobs import PROBE, job
+from tests.unit.layers.jobs import KIT, PROBE, job
 
 GOLDEN = Path(__file__).parents[2] / "golden/plans"
 UPDATE = bool(os.environ.get("ISOLAT_UPDATE_GOLDEN"))
@@ -62,6 +62,21 @@ CASES: dict[str, tuple[str, Job]] = {
         ),
     ),
     "microvm-booted": ("microvm", job("v2", spec={"options": (("microvm", {"template": False}),)})),
+    "vm-full": (
+        "vm",
+        job(
+            "v2",
+            spec={
+                "hostname": "box",
+                "user": "1000:1000",
+                "tty": True,
+                "cpus": 2.0,
+                "memory_bytes": 256 << 20,
+                "disk_bytes": 2 << 30,
+            },
+        ),
+    ),
+    "vm-kvm": ("vm", job("v2", machine=replace(KIT, accel="kvm", tsc_khz=0))),
     "microvm-outer": ("microvm", job("v2", command=())),
     "fake-failing": ("fake", job("v2", spec={"options": (("fake", {"steps": 5, "fail_step": 3}),)})),
     "fake-slow": ("fake", job("v2", spec={"options": (("fake", {"slow_start_s": 1.5}),)})),
