@@ -3,10 +3,12 @@
    as PID 1          of an initramfs: makes the machine's root, then serves the port
    --service         a service of a whole operating system
    --fd 3            an ordinary process, its controller on descriptor 3 (tests)
-   --tsc-khz         print how fast this machine's time stamp counter runs */
+   --tsc-khz         print how fast this machine's time stamp counter runs
+   --unpack, --bind, --pack: a machine's volumes (volumes.c) */
 #include "machine.h"
 
 #include "switchroot.h"
+#include "tar.h"
 
 #include <fcntl.h>
 #include <stdio.h>
@@ -57,7 +59,11 @@ int main(int argc, char **argv)
         quiet_stdin();
         serve(CONTROL_FD);
     } else {
-        dprintf(2, "usage: isolat-agent --service | --fd 3 | --tsc-khz (or as PID 1 of a machine)\n");
+        int code = volumes_main(argc, argv);
+        if (code >= 0)
+            return code;
+        dprintf(2, "usage: isolat-agent --service | --fd 3 | --tsc-khz | --unpack | --bind | --pack"
+                   " (or as PID 1 of a machine)\n");
         return EXIT_USAGE;
     }
     return 0;
