@@ -31,6 +31,7 @@ static void serve(int fd)
 {
     node.role = "agent";
     node.holds = true;
+    node.after = true;
     node.on_machine = machine_request;
     prctl(PR_SET_DUMPABLE, 0); /* what runs beside us may be root: it shall not look into us */
     if (!node.pid1)

@@ -75,6 +75,8 @@ struct Proc {
     uint32_t asked;     /* the number of the latest IDLE */
     uint32_t hushed_by; /* the controller that keeps its channel silent, by its serial */
     int64_t grace_ms, kill_by_ms; /* for its own end after MAIN's; 0: none */
+    char **after;    /* what is done between its end and telling it; NULL: nothing */
+    pid_t after_pid; /* that, while it is done */
     /* of what is in a guest */
     bool with_guest;    /* it ended because its guest did */
 };
@@ -85,6 +87,7 @@ typedef struct {
     const char *role;
     bool keeper;         /* has clients, writes logs and the exit record */
     bool holds;          /* streams end here: keeper and agent. The init passes descriptors on instead */
+    bool after;          /* does what is to be done after a process's end: the agent */
     bool pid1;
     bool quitting, done; /* done: leave the main loop */
     int64_t quit_by_ms, idle_since_ms;
@@ -181,6 +184,12 @@ void hush_self(Peer *who, const Frame *f);
 void hush_controller_gone(const Peer *who);
 void hush_new_host(Peer *who);
 void hush_bind(Peer *who, const Frame *f, Proc *p);    /* a process that is there to this host */
+
+/* after.c */
+void after_set(Proc *p, const Frame *f);
+void after_free(Proc *p);
+bool after_begins(Proc *p, int code, int signal); /* true: its end is told later */
+bool after_ended(pid_t pid);                      /* true: it was one of these */
 
 /* hold.c: descriptors kept by name */
 void hold(Peer *who, Frame *f);

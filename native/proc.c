@@ -71,6 +71,7 @@ void proc_drop(Proc *p)
     source_close(&p->result);
     close_fd(&p->master);
     buf_free(&p->leftover);
+    after_free(p);
     free(p->pidfile);
     free(p->tail);
     free(p->name);
@@ -387,6 +388,8 @@ static void child_ended(Proc *p, int status)
 
 static void one_reaped(pid_t pid, int status)
 {
+    if (after_ended(pid))
+        return;
     for (Proc *p = node.procs; p; p = p->next) {
         if (p->remote || p->state == ENDED || p->state == DRAINING)
             continue;
@@ -416,6 +419,8 @@ void proc_reap(void)
 
 void proc_exited(Proc *p, int code, int signal)
 {
+    if (after_begins(p, code, signal))
+        return;
     p->state = DRAINING;
     p->code = code;
     p->signal = signal;

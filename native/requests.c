@@ -211,6 +211,7 @@ static void spawn_options(Proc *p, Peer *who, const Frame *f)
     p->park_ms = p->park_wait_ms = field_int(f->body, T_PARK, 0);
     p->grace_ms = field_int(f->body, T_GRACE, 0);
     p->spoke_ms = ticks_ms();
+    after_set(p, f);
     if (p->park_ms < 0 || p->park_ms > DAY_MS || !p->serial)
         p->park_ms = 0;
     if (p->grace_ms < 0 || p->grace_ms > DAY_MS)
