@@ -271,6 +271,45 @@ class CanEnter(Protocol):
     def inside(self, frame: Frame, place: Place) -> Place: ...
 
 
+@dataclass(frozen=True)
+class Copy:
+    """Where a copy of a running machine goes: empty files of the engine's, open for reading and writing."""
+
+    state: int  # processors and devices
+    delta: int  # of its memory, to ``ram``
+    disk: int
+
+    ram: int = -1  # only to be read: the memory that the machine began with
+
+
+@dataclass(frozen=True)
+class Copied:
+    """What it cost."""
+
+    stopped_ms: float  # how long it stood still
+    own_bytes: int  # of memory, that each machine made from the copy begins with
+
+
+@runtime_checkable
+class CanSnapshot(Protocol):
+    """Copies of a running machine that go on where it was, with all its processes."""
+
+    def check_snapshot(self, frame: Frame) -> None:
+        """Raises Unsupported, with the reason, where this machine can't be copied."""
+
+    def check_restore(self, copied: Frame, now: Frame) -> None:
+        """Raises Unsupported, with the reason, where a machine like ``now`` can't go on from a copy of ``copied``."""
+
+    def snapshot(self, frame: Frame, place: Place, to: Copy, d: Deadline) -> Copied:
+        """Copy the machine, which goes on, whatever happens."""
+
+    def go_on(self, frame: Frame, place: Place, d: Deadline) -> None:
+        """Let a machine go on whose copying was broken off by the end of who copied it."""
+
+    def restore(self, frame: Frame, place: Place, copy: Copy, io: Io, d: Deadline) -> Proc | None:
+        """``start`` from a copy; what the frame's descriptors are is held. ``Copy.delta`` may be -1: no difference."""
+
+
 @runtime_checkable
 class CanWarm(Protocol):
     """Machines that are made ready before anybody asks for them."""

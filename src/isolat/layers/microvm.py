@@ -27,11 +27,13 @@ from isolat.deadline import Deadline
 from isolat.errors import CommandNotFound, DeadlineExceeded, InternalError, NotExecutable, StartFailed, Unsupported
 from isolat.guest import blank
 from isolat.guest.kernel import KERNEL_ARGUMENTS
-from isolat.layers import common, machines
+from isolat.layers import common, copies, machines
 from isolat.layers.base import (
     GUEST,
     Boundary,
     Capabilities,
+    Copied,
+    Copy,
     Descriptor,
     Frame,
     ImageRef,
@@ -87,6 +89,7 @@ class MicrovmLayer(Layer):
         hostname=True,
         own_uids=True,
         machine=True,
+        snapshot=True,
     )
 
     def probe(self, place: Place, d: Deadline) -> Probe:
@@ -116,6 +119,7 @@ class MicrovmLayer(Layer):
                 ("outer", outer),
                 ("release", kit.release),
                 ("cpus", asked.cpus),
+                *copies.options(asked, kit.guest_key, kit.qemu_identity, possible=templated and not outer),
             ),
         )
 
@@ -178,6 +182,25 @@ class MicrovmLayer(Layer):
         done = set(warm.inside)
         steps = tuple(_below_root(step) for step in frame.inside if step not in done)
         return self._settle_in(frame, place, (), steps, io, d)
+
+    # copies
+
+    def check_snapshot(self, frame: Frame) -> None:
+        copies.check(frame)
+
+    def check_restore(self, copied: Frame, now: Frame) -> None:
+        copies.check_restore(copied, now)
+
+    def snapshot(self, frame: Frame, place: Place, to: Copy, d: Deadline) -> Copied:
+        return copies.take(place, to, d)
+
+    def go_on(self, frame: Frame, place: Place, d: Deadline) -> None:
+        copies.go_on(place, d)
+
+    def restore(self, frame: Frame, place: Place, copy: Copy, io: Io, d: Deadline) -> Proc | None:
+        disks = {"vda": ("image", True), "vdb": ("disk", False)}
+        names = tuple(_below_root(step) for step in frame.inside if _is_name(step))
+        return copies.restore(frame, place, disks, copy, _identity(frame, ()), names, io, d)
 
     # the end
 
@@ -397,6 +420,11 @@ def _below_root(step: Step) -> Step:
     if not isinstance(step, PutFile):
         return step
     return replace(step, path=step.path.replace(f"{DISK}/u/", f"{ROOT}/", 1))
+
+
+def _is_name(step: Step) -> bool:
+    """What a copy must not share with the machine that it is a copy of. Left alone where nothing can be written."""
+    return isinstance(step, PutFile) and step.path in (f"{DISK}/u/etc/hostname", f"{DISK}/u/etc/machine-id")
 
 
 def _exercise(inside: Place, frame: Frame, n: int, d: Deadline) -> None:

@@ -161,6 +161,13 @@ class Place(Protocol):
     def settle(self, d: Deadline) -> None:
         """Let the machine that this place is the inside of give back what it needs no more, before it is saved."""
 
+    def hush(self, d: Deadline) -> None:
+        """Let the machine that this place is the inside of say nothing, and nobody say anything to it, while it is
+        copied: until ``speak``, or until this connection ends. Its processes go on."""
+
+    def speak(self, d: Deadline) -> None:
+        """The end of ``hush``."""
+
     def adopt(self, key: str, client: int, stdin: bool, d: Deadline) -> None:
         """Attach the connected socket ``client`` (closed here) to the process, started or not yet."""
 

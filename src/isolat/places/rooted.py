@@ -66,6 +66,12 @@ class RootedPlace:
     def settle(self, d: Deadline) -> None:
         self._place.settle(d)
 
+    def hush(self, d: Deadline) -> None:
+        self._place.hush(d)
+
+    def speak(self, d: Deadline) -> None:
+        self._place.speak(d)
+
     def adopt(self, key: str, client: int, stdin: bool, d: Deadline) -> None:
         self._place.adopt(key, client, stdin, d)
 

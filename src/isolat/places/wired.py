@@ -115,6 +115,12 @@ class WiredPlace:
     def settle(self, d: Deadline) -> None:
         self._link(d).request(k.SETTLE, self._here(), d)
 
+    def hush(self, d: Deadline) -> None:
+        self._link(d).request(k.HUSH, [(k.T_OP, 0), *self._here()], d)
+
+    def speak(self, d: Deadline) -> None:
+        self._link(d).request(k.HUSH, [(k.T_OP, 1), *self._here()], d)
+
     def adopt(self, key: str, client: int, stdin: bool, d: Deadline) -> None:
         flags = k.F_STDIN if stdin else 0
         try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from isolat.checkpoint import checkpoint
 from isolat.deadline import Deadline
@@ -23,6 +23,9 @@ from isolat.trace import mark
 MONITOR = "qmp"
 STATE_DESCRIPTOR = 6  # of QEMU's process: 3 is the agent's channel, 4 the memory, 5 the monitor
 _LAST_WORDS_S = 5.0
+
+Load = Callable[[Qmp], object]
+"""What makes a machine that waits for its state what it was before."""
 
 
 @contextlib.contextmanager
@@ -42,19 +45,24 @@ def boot(place: Place, command: Command, disks: Mapping[str, tuple[str, bool]], 
 
 def clone(place: Place, command: Command, disks: Mapping[str, tuple[str, bool]], d: Deadline) -> None:
     """Start a machine with a template's state, and wait for its agent."""
-    _start(place, command, disks, STATE_DESCRIPTOR, d)
+    _start(place, command, disks, lambda qmp: dialogue.load(qmp, STATE_DESCRIPTOR, d), d)
+
+
+def restore(place: Place, command: Command, disks: Mapping[str, tuple[str, bool]], load: Load, d: Deadline) -> None:
+    """Start a machine that ``load`` gives its state, and wait for its agent."""
+    _start(place, command, disks, load, d)
 
 
 def _start(
-    place: Place, command: Command, disks: Mapping[str, tuple[str, bool]], state: int | None, d: Deadline
+    place: Place, command: Command, disks: Mapping[str, tuple[str, bool]], load: Load | None, d: Deadline
 ) -> None:
     starting = place.begin(GUEST, command, Io(), d)
     checkpoint()
     try:
         with monitor(place, d) as qmp:
             mark("machine-monitor")
-            if state is not None:
-                dialogue.load(qmp, state, d)
+            if load is not None:
+                load(qmp)
                 mark("machine-loaded")
                 checkpoint()
             for device, (name, read_only) in disks.items():

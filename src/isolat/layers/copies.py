@@ -1,0 +1,136 @@
+"""Copies of running microVMs: what is asked of keeper, agent and QEMU, in which order.
+
+While the copy is taken nothing travels between keeper and agent (docs/protocol.md, Silence). The copy's own keeper
+greets the agent as a new host, which makes it forget the old one; then the copy is told the time and given randomness
+and names of its own, and the application is bound to its new keeper by the key that it has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from isolat.deadline import Deadline
+from isolat.errors import InternalError, Lost, Unsupported
+from isolat.layers.base import GUEST, Copied, Copy, Frame
+from isolat.places.base import Identity, Io, Place, Proc
+from isolat.places.steps import Step
+from isolat.qemu import argv, dialogue, forks, machine, memory
+from isolat.qemu.qmp import Qmp
+from isolat.trace import mark
+
+_SPEAK_S = 10.0
+_PAUSED = "paused"
+_TSC_DRIFT = 500e-6  # what two measurements of one counter may differ by, and a guest's clock be wrong by
+
+
+def options(asked: argv.Machine, guest_key: str, qemu_identity: str, *, possible: bool) -> tuple[tuple[str, Any], ...]:
+    """What a machine's frame says of whether its copy can go on in another: in one with the same devices, the same
+    kernel and the same build of QEMU, while the time stamp counter, which it was told the speed of, still has that."""
+    if not possible:
+        return ()
+    same = argv.template_key(replace(asked, tsc_khz=min(asked.tsc_khz, 1)), guest_key, qemu_identity)
+    return (("copy_key", same), ("tsc_khz", asked.tsc_khz))
+
+
+def check(frame: Frame) -> None:
+    if not frame.option("copy_key"):
+        raise Unsupported(
+            "this machine can't be copied: it was booted for itself, or by an older Isolat",
+            hint="copies are made of machines that were cloned from a template",
+        )
+
+
+def check_restore(copied: Frame, now: Frame) -> None:
+    check(now)
+    if copied.option("copy_key") != now.option("copy_key"):
+        raise Unsupported(
+            "the copy is of a machine with another QEMU, kernel or devices than are made here now",
+            hint="a copy goes on under the QEMU and with the guest kernel that it was made with; make a new one",
+        )
+    then_khz, now_khz = int(copied.option("tsc_khz") or 0), int(now.option("tsc_khz") or 0)
+    if abs(then_khz - now_khz) > then_khz * _TSC_DRIFT:
+        raise Unsupported(
+            f"the copy's clock counts {then_khz} kHz, and this processor's time stamp counter has {now_khz}",
+            hint="start it on a machine with the same processor",
+        )
+
+
+def take(place: Place, to: Copy, d: Deadline) -> Copied:
+    """Copy the machine behind this place."""
+    inside, pid = place.inside(GUEST, place.facts), _pid(place, d)
+    with _disk(place, d) as disk, machine.monitor(place, d) as qmp, _silence(inside, d):
+        mark("machine-silent")
+        disks = (forks.DiskCopy(disk, to.disk),)
+        found = forks.capture(qmp, pid, memory.Inode.of(to.ram), to.state, to.delta, d, disks=disks)
+    mark("machine-copied")
+    return Copied(found.stopped_ms, found.own_bytes)
+
+
+def go_on(place: Place, d: Deadline) -> None:
+    """Let the machine run that is stopped."""
+    with machine.monitor(place, d) as qmp:
+        if dialogue.status(qmp, d) == _PAUSED:
+            dialogue.cont(qmp, d)
+
+
+def restore(
+    frame: Frame,
+    place: Place,
+    disks: Mapping[str, tuple[str, bool]],
+    copy: Copy,
+    identity: Identity,
+    names: tuple[Step, ...],
+    io: Io,
+    d: Deadline,
+) -> Proc | None:
+    """Start a machine that is this copy, and bind its application to its keeper."""
+    if frame.guest is None or frame.main is None:
+        raise InternalError("a copy has no command")
+    machine.restore(place, frame.guest, disks, lambda qmp: _load(place, qmp, copy, d), d)
+    inside = place.inside(GUEST, place.facts)
+    inside.resume(identity, d)
+    inside.carry_out(names, d)
+    mark("machine-resumed")
+    return place.spawn(frame.main_key, frame.main, replace(io, main=True), d)
+
+
+def _load(place: Place, qmp: Qmp, copy: Copy, d: Deadline) -> None:
+    if copy.delta >= 0:
+        forks.restore(qmp, _pid(place, d), memory.Inode.of(copy.ram), machine.STATE_DESCRIPTOR, copy.delta, d)
+        return
+    dialogue.stop(qmp, d)  # else it would run at once, before it has its disks: see forks.restore
+    dialogue.load(qmp, machine.STATE_DESCRIPTOR, d)
+
+
+def _pid(place: Place, d: Deadline) -> int:
+    found = [proc.pid for proc in place.procs(GUEST, d) if proc.key == GUEST and proc.exit is None]
+    if not found:
+        raise Lost("the machine is gone")
+    return found[0]
+
+
+@contextlib.contextmanager
+def _disk(place: Place, d: Deadline) -> Iterator[int]:
+    """Opened anew: looking for its data moves the offset."""
+    held = place.fetch("disk", d)
+    try:
+        fd = os.open(f"/proc/self/fd/{held}", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        os.close(held)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _silence(inside: Place, d: Deadline) -> Iterator[None]:
+    try:
+        inside.hush(d)
+        yield
+    finally:
+        inside.speak(Deadline(_SPEAK_S))
