@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from isolat.images.bootstrap import SYSTEMD
 from isolat.layers import registry
 from isolat.layers.base import Boundary, Capabilities, Layer
 from tests.support.images import IMAGE
@@ -13,6 +14,7 @@ from tests.support.roots import Root
 from tests.support.wires import Stream
 
 STACKS = ("fake", "host", "container", "fake/fake", "container/fake", "microvm", "microvm/container")
+SLOW = ("vm",)  # a boot for each test: run by `make soak`
 _STRENGTH = (Boundary.NONE, Boundary.NAMESPACES, Boundary.KERNEL)
 
 
@@ -51,10 +53,14 @@ class Subject:
     def outer(self) -> Layer:
         return self.layers[0]
 
+    @property
+    def image(self) -> str:
+        return SYSTEMD if self.can.boots else IMAGE
+
     def spec(self, *command: str, **keys: Any) -> dict[str, Any]:
         """A service for this stack; ``x_timeout`` stands for ``x-timeout``."""
         more = {name.replace("x_", "x-", 1) if name.startswith("x_") else name: v for name, v in keys.items()}
-        return {"image": IMAGE, "runtime": self.name, "command": list(command), **self.options, **more}
+        return {"image": self.image, "runtime": self.name, "command": list(command), **self.options, **more}
 
     def shell(self, script: str, **keys: Any) -> dict[str, Any]:
         return self.spec("sh", "-c", script, **keys)

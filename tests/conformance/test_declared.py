@@ -11,10 +11,11 @@ import pytest
 
 from isolat.engine.paths import StateRoot
 from isolat.errors import IsolatError, Unsupported
-from isolat.layers.base import CanEnter
+from isolat.layers.base import CanEnter, CanShow
 from isolat.layers.registry import LAYERS
 from tests.conformance.subject import Subject
 from tests.support import traces
+from tests.support.images import IMAGE
 from tests.support.roots import Root
 
 pytestmark = pytest.mark.root
@@ -66,6 +67,24 @@ def test_only_what_can_be_entered_declares_it(subject: Subject) -> None:
         assert isinstance(layer, CanEnter) == layer.capabilities.enter, layer.name
 
 
+def test_only_what_has_a_screen_declares_it(subject: Subject) -> None:
+    for layer in subject.layers:
+        assert isinstance(layer, CanShow) == layer.capabilities.screen, layer.name
+
+
+@pytest.mark.applies(to=lambda s: not s.can.screen)
+def test_what_has_no_screen_says_so(root: Root, subject: Subject) -> None:
+    id = root.run_detached(subject.spec("sleep", "600"))
+    with pytest.raises(Unsupported) as told:
+        root.ask("screenshot", {"env": id})
+    assert told.value.hint
+
+
+@pytest.mark.applies(to=lambda s: s.can.boots)
+def test_an_image_that_cannot_boot_is_refused(root: Root, subject: Subject) -> None:
+    _refused(root, {**subject.spec("true"), "image": IMAGE})
+
+
 def test_what_is_not_implemented_is_not_declared(subject: Subject) -> None:
     for layer in subject.layers:
         can = layer.capabilities
@@ -103,7 +122,7 @@ def test_networks_are_as_declared(root: Root, subject: Subject, network: str) ->
         _refused(root, spec)
     elif network == "none" and subject.layers[-1].capabilities.machine:
         # A machine has a card at which nothing is plugged: without an address, and down.
-        assert _output(root, subject.shell("cat /sys/class/net/eth0/flags /proc/net/route")).startswith("0x1002\n")
+        assert _output(root, subject.shell("cat /sys/class/net/e*/flags /proc/net/route")).startswith("0x1002\n")
     elif network == "none" and subject.can.boundary != "none":
         assert _output(root, spec) == "lo\n"
     elif network == "host":
@@ -218,8 +237,17 @@ def test_the_limits_count_what_runs_inside(root: Root, subject: Subject) -> None
         stream.close()
 
 
-@pytest.mark.applies(to=lambda s: "disk" in s.can.limits)
+@pytest.mark.applies(to=lambda s: "disk" in s.can.limits and not s.can.boots)
 def test_a_disk_limit_bounds_what_is_written(root: Root, subject: Subject) -> None:
     script = "dd if=/dev/zero of=/var/big bs=1M count=64 2>/dev/null && sync && echo unbounded; wc -c < /var/big"
     written = int(_output(root, subject.shell(script, **LIMITS["disk"])))
     assert 16 * MIB <= written <= 33 * MIB
+
+
+@pytest.mark.applies(to=lambda s: "disk" in s.can.limits and s.can.boots)
+def test_a_disk_is_as_large_as_was_asked_for(root: Root, subject: Subject) -> None:
+    """The image is on it, so what can be written is less."""
+    script = "fallocate -l 1G /var/big 2>/dev/null && echo unbounded; stat -f -c '%b %S' /; cat /sys/block/vda/size"
+    blocks, size, sectors = _output(root, subject.shell(script, storage_opt={"size": 1 << 30})).split()
+    assert int(sectors) * 512 == 1 << 30
+    assert 900 * MIB < int(blocks) * int(size) < 1 << 30

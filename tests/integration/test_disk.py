@@ -23,8 +23,8 @@ from isolat.images.store import ImageStore
 from isolat.linux import mounts
 from isolat.qemu import argv, dialogue, pc
 from isolat.wire import kinds as k
-from tests.support.guest import NATIVE, TOP
-from tests.support.images import share
+from tests.support.guest import NATIVE
+from tests.support.images import share, source_root
 from tests.support.machines import Running
 from tests.support.qemu import BINARY, Serial
 
@@ -33,7 +33,7 @@ pytestmark = [
     pytest.mark.skipif(not shutil.which(BINARY), reason="no QEMU"),
     pytest.mark.timeout(600),  # the first one makes an image and fetches a kernel
 ]
-DISKS = TOP / "build" / "disks"
+DISKS = source_root() / "disks"
 AGENT = NATIVE / "isolat-agent"
 SIZE = 2 << 30
 BOOT_S = 90.0
@@ -98,7 +98,7 @@ def test_a_disk_is_made_once_and_is_sparse(base: Path, image: tuple[str, Path]) 
 def test_a_disk_that_is_too_small_says_so_and_leaves_nothing(image: tuple[str, Path], tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="file system") as caught:
         disk.build_disk(image[1], DISKS / "kernel", AGENT, tmp_path / "disk", 64 << 20)
-    assert caught.value.details
+    assert caught.value.details and "--disk" in caught.value.hint
     assert list(tmp_path.iterdir()) == []
     assert not [entry for entry in mounts.mounts() if entry.target.startswith(str(tmp_path))]
 

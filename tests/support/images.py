@@ -9,7 +9,8 @@ from pathlib import Path
 from isolat.engine.paths import DEFAULT_ROOT, native_dir
 from isolat.errors import NotFound
 from isolat.guest import files
-from isolat.images.bootstrap import bootstrap
+from isolat.images import disks
+from isolat.images.bootstrap import SYSTEMD, bootstrap
 from isolat.images.store import ImageStore
 
 IMAGE = "debian"
@@ -56,3 +57,13 @@ def share(root: Path, name: str = IMAGE) -> str:
         except OSError:
             copy.write_bytes(store.file(image.digest).read_bytes())
         return into.adopt(copy, image.config, [name]).digest
+
+
+def share_bootable(root: Path) -> None:
+    """The image that a whole PC boots, and the kernel that its disk gets, which is fetched once for this machine."""
+    if not (root / "disks").exists():
+        share(root, SYSTEMD)
+        source = source_root() / "disks"
+        disks.kernel(source)
+        (root / "disks").mkdir(mode=0o711)
+        (root / "disks" / "kernel").symlink_to(source / "kernel")

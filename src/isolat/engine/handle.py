@@ -22,6 +22,7 @@ HANDLE = "handle.json"
 EXIT_RECORD = "exit.json"
 GUEST_TAIL = "guest.tail"
 _TAIL_LINES = 10
+_NO_WORDS = "is not connected to host network"  # QEMU says so of every network card that is plugged in late
 
 
 @dataclass(frozen=True)
@@ -145,4 +146,4 @@ def guest_words(directory: Path) -> str:
     except OSError:
         return ""
     lines = ("".join(c for c in line if c.isprintable()).strip() for line in text.splitlines())
-    return " | ".join([line for line in lines if line][-_TAIL_LINES:])
+    return " | ".join([line for line in lines if line and _NO_WORDS not in line][-_TAIL_LINES:])

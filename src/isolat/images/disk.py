@@ -172,12 +172,16 @@ def _finish(disk: Path, out: Path) -> None:
 
 def _make_file_system(disk: Path, lower: Path, added: Path, root: Path, size_bytes: int, d: Deadline) -> None:
     root.mkdir(mode=0o755)
-    child.run(
-        overlaid_argv(lower, added, root, disk.parent, mkfs_argv(disk, root, size_bytes)),
-        "making the file system",
-        d,
-        environment={"E2FSPROGS_FAKE_TIME": str(_TIME_S), "MKE2FS_CONFIG": "/dev/null"},
-    )
+    try:
+        child.run(
+            overlaid_argv(lower, added, root, disk.parent, mkfs_argv(disk, root, size_bytes)),
+            "making the file system",
+            d,
+            environment={"E2FSPROGS_FAKE_TIME": str(_TIME_S), "MKE2FS_CONFIG": "/dev/null"},
+        )
+    except StoreError as error:
+        error.hint = error.hint or f"if {size_bytes >> 20} MiB don't hold the image, ask for more: --disk"
+        raise
 
 
 def overlaid_argv(lower: Path, added: Path, root: Path, writable: Path, program: list[str]) -> list[str]:
