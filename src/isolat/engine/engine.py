@@ -19,6 +19,7 @@ from pathlib import Path
 
 from isolat.deadline import NEVER, Deadline
 from isolat.engine import admission, entering, states
+from isolat.engine.copying import Copying, Forked
 from isolat.engine.creation import boot_id
 from isolat.engine.endings import Endings
 from isolat.engine.environment import Environment
@@ -30,6 +31,7 @@ from isolat.engine.kits import Kits
 from isolat.engine.maker import START_S, Caller, Maker, adopt
 from isolat.engine.paths import StateRoot, native_dir
 from isolat.engine.recovery import Recovery
+from isolat.engine.snapshots import Snapshot, Snapshots
 from isolat.engine.states import Verb
 from isolat.engine.supervisor import OPERATION_WAIT_S, Supervisor
 from isolat.engine.table import Table, row
@@ -39,7 +41,7 @@ from isolat.errors import DeadlineExceeded, IllegalState, Lost, NotFound, StartF
 from isolat.images.pool import Pool
 from isolat.images.store import ImageStore, Progress
 from isolat.layers import registry
-from isolat.layers.base import CanShow, Layer, Probe, State
+from isolat.layers.base import CanShow, Copied, Layer, Probe, State
 from isolat.linux.facts import record_facts
 from isolat.places.base import Command, Exit, Io, Place
 from isolat.places.link import Reactor
@@ -100,6 +102,8 @@ class Engine:
             group_id(),
             warm,
         )
+        self.snapshots = Snapshots(self.paths)
+        self._copying = Copying(self.facts, self._keepers, self.table, self._supervisor, self._maker, self.snapshots)
 
     # life of the engine
 
@@ -112,6 +116,7 @@ class Engine:
             self.table.enter(env)
             if env.state.alive:
                 self._supervisor.rejoin(env, recovery)
+                self._copying.mend(env)
         known = {*(env.id for env in self.table.all()), *recovery.unread}
         for index in recovery.unread.values():
             self.table.keep_uids(index)
@@ -120,6 +125,7 @@ class Engine:
             self.pool.ensure()
             self.pool.sweep(known)
         self.templates.start()
+        self.snapshots.start()
         self.table.index.start([row(env) for env in self.table.all()])
         for env in self.table.all():
             if env.handle.remove and not env.state.alive:
@@ -265,6 +271,20 @@ class Engine:
         self.table.publish("kill", env, signal=signal)
         place.signal(env.handle.frames[-1].main_key, signal, Deadline(10))
 
+    def fork(self, ref: str, count: int, name: str, caller: Caller) -> Forked:
+        """Make so many environments that go on where this one is. ``name``: of a single one."""
+        return self._copying.fork(self.find(ref), count, name, caller)
+
+    def snapshot(self, ref: str, name: str) -> tuple[Snapshot, Copied]:
+        """Keep a copy of this environment, as it is now, on disk."""
+        return self._copying.snapshot(self.find(ref), name)
+
+    def run_snapshot(
+        self, name: str, wanted: Mapping[str, object], caller: Caller, *, attach: bool, stdin: bool
+    ) -> tuple[Environment, socket.socket | None]:
+        """Make an environment that goes on where a snapshot was. Returns the client's end when attached."""
+        return self._copying.run(name, wanted, caller, attach, stdin)
+
     def screenshot(self, ref: str) -> int:
         """A new descriptor of memory with what its screen shows, as PNG: the caller's from now on.
 
@@ -315,8 +335,8 @@ class Engine:
         self.kits.prune_disks({image.digest for image in self.images.list()})
 
     def in_use(self) -> set[str]:
-        """The digests of images that an environment stands on."""
-        return self.table.images_in_use()
+        """The digests of images that an environment or a snapshot stands on."""
+        return self.table.images_in_use() | self.snapshots.digests()
 
     # listeners
 
@@ -355,6 +375,9 @@ class Engine:
         self._maker.close()
         for template in self.templates.prune():
             told(template.id, f"template {template.id}")
+        for snapshot in self.snapshots.all():
+            self.snapshots.remove(snapshot.name)
+            told(snapshot.id, f"snapshot {snapshot.name}")
         self.kits.close()
         self.images.unmount_all()
         self.pool.close()

@@ -6,7 +6,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from isolat.checkpoint import checkpoint
@@ -38,7 +38,7 @@ from isolat.errors import Conflict, IsolatError, Unsupported, UsageError
 from isolat.images.pool import Pool
 from isolat.images.store import ImageStore, Progress
 from isolat.layers import registry
-from isolat.layers.base import GUEST, CanEnter, CanWarm, ImageRef, Layer, MachineKit, Probe, State
+from isolat.layers.base import GUEST, CanEnter, CanWarm, ImageRef, Layer, MachineKit, Plan, Probe, State
 from isolat.places.base import Facts, Io, Place
 from isolat.places.link import Link
 from isolat.places.wired import WiredPlace
@@ -88,7 +88,7 @@ class Maker:
         self._kits = kits
         self._templates = templates
         self._holding = Holding(kits.blanks, templates.open, kits.base_disk)
-        self.warm = WarmPool(self._undo, warm)
+        self.warm = WarmPool(self.undo, warm)
         self._probes: dict[tuple[str, str, str], tuple[float, Probe]] = {}
 
     def describe(self, service: Mapping[str, object], caller: Caller) -> tuple[list[dict[str, object]], str]:
@@ -126,7 +126,7 @@ class Maker:
             try:
                 return env, self._start(env, planned, io, attach, descriptors, ready, d)
             except BaseException:
-                self._undo(env)
+                self.undo(env)
                 raise
 
     def _create(
@@ -134,16 +134,46 @@ class Maker:
     ) -> tuple[Environment, list[Planned], Environment | None]:
         """The environment with its plans, and the machine made in advance that it takes over, if there was one."""
         ready = self._ready_machine(spec, registry.resolve(spec.layers), kit)
+        env, planned = self._enter(spec, service, caller, kit, ready, "", d)
+        return env, planned, ready
+
+    def prepare(
+        self, spec: Spec, service: Mapping[str, object], caller: Caller, digest: str, d: Deadline
+    ) -> tuple[Environment, Planned]:
+        """An environment of one layer on the image of this digest: with its handle and directory, and nothing runs.
+
+        Raises Refused where this machine should not take it.
+        """
+        admission.check(spec, self._facts.memory_bytes, self._facts.cpus, self._paths.root)
+        env, planned = self._enter(spec, service, caller, self._kit(spec), None, digest, d)
+        return env, planned[0]
+
+    def provide(self, plan: Plan, place: Place, d: Deadline, but: Collection[str]) -> None:
+        """Open what the plan's guest needs and let the place hold it, but for the names in ``but``."""
+        self._holding.provide(plan.descriptors, plan.template, place, d, but)
+
+    def _enter(
+        self,
+        spec: Spec,
+        service: Mapping[str, object],
+        caller: Caller,
+        kit: MachineKit | None,
+        ready: Environment | None,
+        digest: str,
+        d: Deadline,
+    ) -> tuple[Environment, list[Planned]]:
+        """Planned, written down, and in the table. ``digest``: of the image, where its name may mean another now."""
         id = ready.id if ready else new_id()
         index = ready.handle.uid_index if ready else -1
         name = ""
         try:
             name = self._table.reserve(spec.name, id)
             index = index if ready else self._table.take_uids()
-            request = self._request(spec, service, caller, id, name, index, kit)
+            request = self._request(replace(spec, image=digest or spec.image), service, caller, id, name, index, kit)
             planned = self._plan(request, d)
             mark("planned")
-            env = Environment(handle_of(request, planned, self._boot_id), self._paths.env(id))
+            handle = handle_of(request, planned, self._boot_id).with_(image=spec.image)
+            env = Environment(handle, self._paths.env(id))
             env.spec = spec
             if ready is None:
                 self._make_directory(env)
@@ -155,15 +185,15 @@ class Maker:
         except BaseException:
             self._table.unmade(id, name, -1 if ready else index)
             if ready is not None:
-                self._undo(ready)
+                self.undo(ready)
             with contextlib.suppress(OSError):
                 self._paths.env(id).rmdir()
             raise
         if not self._table.enter(env):
-            self._undo(env)
+            self.undo(env)
             raise Conflict("everything is being reset: nothing new is started")
         self._table.publish("create", env, image=spec.image, layer=spec.layer)
-        return env, planned, ready
+        return env, planned
 
     def _kit(self, spec: Spec) -> MachineKit | None:
         """What machines are made of, where the spec's outermost layer is one."""
@@ -186,7 +216,7 @@ class Maker:
         found = self.warm.take(key, lambda: self._make_in_advance(layer, spec, image, kit))
         if found is None or self._still_runs(found):
             return found
-        self._undo(found)
+        self.undo(found)
         return None
 
     def _still_runs(self, ready: Environment) -> bool:
@@ -219,7 +249,7 @@ class Maker:
             self._holding.provide(plan.descriptors, plan.template, place, d)
             layer.warm_up(planned.frame, place, d)
         except BaseException:
-            self._undo(env)
+            self.undo(env)
             raise
         return env
 
@@ -361,7 +391,7 @@ class Maker:
         self._supervisor.rearm(env)
         return ours
 
-    def _undo(self, env: Environment) -> None:
+    def undo(self, env: Environment) -> None:
         """Destroy what could not be started; what is left over is tried again at the next start of the daemon."""
         try:
             self._endings.destroy(env)

@@ -19,6 +19,8 @@ class Verb(StrEnum):
     REMOVE_FORCED = "rm --force"
     INSPECT = "inspect"
     SCREENSHOT = "screenshot"
+    FORK = "fork"
+    SNAPSHOT = "snapshot"
 
 
 _ALWAYS = frozenset(State)
@@ -36,6 +38,8 @@ LEGAL: dict[Verb, frozenset[State]] = {
     Verb.REMOVE_FORCED: _ALWAYS,
     Verb.INSPECT: _ALWAYS,
     Verb.SCREENSHOT: _RUNNING,
+    Verb.FORK: _RUNNING,
+    Verb.SNAPSHOT: _RUNNING,
 }
 
 _HINTS: dict[Verb, str] = {

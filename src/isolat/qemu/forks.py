@@ -40,7 +40,7 @@ _FICLONE = 0x40049409  # ioctl_ficlone(2)
 _COPY_BYTES = 32 << 20
 _PUNCH_HOLE = 0x1 | 0x2  # fallocate(2): FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 _F_ADD_SEALS = 1033
-_SEALED = 0x2 | 0x4 | 0x8  # fcntl(2): F_SEAL_SHRINK, _GROW, _WRITE
+SEALED = 0x2 | 0x4 | 0x8  # fcntl(2): F_SEAL_SHRINK, _GROW, _WRITE
 _STAGE = "fork"
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -190,7 +190,7 @@ def _save_state(qmp: Qmp, state: int, d: Deadline) -> None:
 def _seal(fd: int) -> None:
     """Nobody changes it any more: a machine that was taken over might have kept the descriptor."""
     with contextlib.suppress(OSError):  # a file, or a memfd that was made without MFD_ALLOW_SEALING
-        fcntl.fcntl(fd, _F_ADD_SEALS, _SEALED)
+        fcntl.fcntl(fd, _F_ADD_SEALS, SEALED)
 
 
 # disks
