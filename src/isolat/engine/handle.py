@@ -22,6 +22,7 @@ HANDLE = "handle.json"
 EXIT_RECORD = "exit.json"
 GUEST_TAIL = "guest.tail"
 _TAIL_LINES = 10
+_PANIC = "Kernel panic"
 _NO_WORDS = "is not connected to host network"  # QEMU says so of every network card that is plugged in late
 
 
@@ -140,10 +141,15 @@ def read_exit(directory: Path) -> Exit | None:
 
 
 def guest_words(directory: Path) -> str:
-    """The last lines that its guest wrote (a machine's console), in one line; empty where it wrote none."""
+    """The last lines that its guest wrote (a machine's console), in one line; empty where it wrote none.
+
+    Of a kernel's panic it is the first lines that tell, and what follows are registers.
+    """
     try:
         text = (directory / GUEST_TAIL).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
-    lines = ("".join(c for c in line if c.isprintable()).strip() for line in text.splitlines())
-    return " | ".join([line for line in lines if line and _NO_WORDS not in line][-_TAIL_LINES:])
+    lines = ["".join(c for c in line if c.isprintable()).strip() for line in text.splitlines()]
+    told = [line for line in lines if line and _NO_WORDS not in line]
+    panic = next((n for n, line in enumerate(told) if _PANIC in line), len(told))
+    return " | ".join(told[panic:][:_TAIL_LINES] or told[-_TAIL_LINES:])

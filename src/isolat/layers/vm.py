@@ -42,6 +42,7 @@ from isolat.trace import mark
 MEMORY_MIN_BYTES = 128 << 20
 DISK_MIN_BYTES = 512 << 20  # the kernel with all its modules is 0.1 GiB of it
 OFF_S = 8.0  # switching off takes 2 to 4 s under emulation; engine.stop gives 10 s more than the application's grace
+KILL_S = 1.0
 GRACE_S = 60.0  # for the keeper: longer than any stop takes from the application's end on
 OFF = ("systemctl", "poweroff", "--no-block", "--no-wall")
 
@@ -114,12 +115,13 @@ class VmLayer(Layer):
         seconds, and not in every image.
         """
         env = frame.main.env if frame.main else ()
+        d = d.sooner(OFF_S)
         try:
-            place.inside(GUEST, place.facts).spawn("off", Command(OFF, env), Io(), d.sooner(OFF_S))
-            place.wait(GUEST, d.sooner(OFF_S))
+            place.inside(GUEST, place.facts).spawn("off", Command(OFF, env), Io(), d)
+            place.wait(GUEST, d)
         except IsolatError:
             with contextlib.suppress(IsolatError):
-                place.signal(GUEST, signal.SIGKILL, d)
+                place.signal(GUEST, signal.SIGKILL, Deadline(KILL_S))
             return False
         return True
 
