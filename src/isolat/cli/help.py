@@ -15,7 +15,7 @@ def show(parsed: o.Parsed) -> int:
 def text(name: str = "") -> str:
     """The help of a verb, of a group of verbs, or of all."""
     if name in o.VERBS:
-        return _of_verb(o.VERBS[name])
+        return _of_verb(o.VERBS[name]) + _below(name)
     if name and name not in o.GROUPS:
         raise o.usage_error(f"no help for {name}: there is no such verb", "`isolat --help` lists them")
     verbs = [verb for verb in o.VERBS.values() if not name or verb.name.startswith(f"{name} ")]
@@ -31,6 +31,12 @@ def text(name: str = "") -> str:
         ]
         lines += ["signal n ended it; 125 Isolat failed; 126 not executable; 127 not found inside."]
     return "\n".join(lines) + "\n"
+
+
+def _below(name: str) -> str:
+    """The verbs of the group that has the verb's own name: `snapshot ls` beside `snapshot`."""
+    below = [(f"  {verb.name}", verb.summary) for verb in o.VERBS.values() if verb.name.startswith(f"{name} ")]
+    return "\n".join(["", *_columns(below)]) + "\n" if below else ""
 
 
 def _of_verb(verb: o.Verb) -> str:

@@ -123,6 +123,7 @@ _RUN_OPTIONS = (
     Option("--oci-runtime", VALUE, "the OCI runtime of the container layer: crun, runc or a path", "PROGRAM"),
     Option("--accel", VALUE, "how a machine's processors run: auto (default), tcg or kvm", "KIND"),
     Option("--kernel", VALUE, "a machine's kernel instead of the distribution's", "FILE"),
+    Option("--from-snapshot", VALUE, "go on where this snapshot was, instead of an image and a command", "SNAPSHOT"),
     Option("--plan", FLAG, "print every effect it would have, and do nothing"),
     Option("--json", FLAG, "with --plan: print JSON"),
 )
@@ -203,6 +204,17 @@ VERBS: dict[str, Verb] = {
         Verb("template ls", "", "list templates", "templates:ls", (Option("-q --quiet", FLAG, "only ids"), _JSON)),
         Verb("template rm", "TEMPLATE…", "remove templates; machines go on", "templates:rm", (), (1, None)),
         Verb("template prune", "", "remove all templates; machines go on", "templates:prune"),
+        Verb(
+            "fork", "ENV", "make others that go on where it is, with all its processes", "snapshots:fork",
+            (Option("-n --number", VALUE, "how many (default: 1)", "N"),
+             Option("--name", VALUE, "the name of a single one", "NAME"), _JSON), (1, 1),
+        ),
+        Verb("snapshot", "ENV NAME", "keep it as it is now, with all its processes", "snapshots:snapshot",
+             (_JSON,), (2, 2)),
+        Verb("snapshots", "", "list snapshots", "snapshots:ls", _IMAGES_OPTIONS),
+        Verb("snapshot ls", "", "list snapshots", "snapshots:ls", _IMAGES_OPTIONS),
+        Verb("snapshot rm", "SNAPSHOT…", "remove snapshots; what was made from them goes on", "snapshots:rm",
+             (), (1, None)),
         Verb("doctor", "", "what this machine allows, by trying", "system:doctor", (_JSON,)),
         Verb(
             "setup", "", "install what is missing", "system:setup",
@@ -248,7 +260,8 @@ def parse(argv: list[str]) -> Parsed:
     values.update(given)
     if values.get("help"):
         return Parsed(HELP, values, verb.name.split())
-    _check_count(verb, words)
+    if "from_snapshot" not in values:
+        _check_count(verb, words)
     return Parsed(verb, values, words)
 
 
@@ -257,7 +270,7 @@ HELP = Verb("help", "[VERB]", "show help", "help:show", (), (0, 2))
 
 def _verb(words: list[str]) -> tuple[Verb | None, list[str]]:
     name, rest = words[0], words[1:]
-    if name in GROUPS:
+    if name in GROUPS and not (name in VERBS and rest and f"{name} {rest[0]}" not in VERBS):
         if not rest or rest[0] in {"-h", "--help"}:
             return None, [name]
         name, rest = f"{name} {rest[0]}", rest[1:]

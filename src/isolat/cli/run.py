@@ -44,6 +44,10 @@ _PLAIN = {
 
 
 def run(parsed: o.Parsed) -> int:
+    if "from_snapshot" in parsed.values:
+        from isolat.cli import snapshots
+
+        return snapshots.restore(parsed)
     root = connect.find_root(parsed.values.get("root"))
     if parsed.flag("plan"):
         return _plan(root, parsed)
@@ -75,7 +79,7 @@ def _attached(root: str, service: dict[str, Any], fds: list[int], parsed: o.Pars
             ending, broken = pump(request, relay, parsed.flag("interactive"), tty)
             if ending.kind == "detached":
                 return 0
-            return exit_code(ending, broken, _final(root, request, parsed.flag("rm"), ending))
+            return exit_code(ending, broken, final(root, request, parsed.flag("rm"), ending))
 
 
 def build(parsed: o.Parsed) -> tuple[dict[str, Any], list[int]]:
@@ -157,7 +161,7 @@ def pump(request: connect.Call, relay: Any, stdin: bool, tty: bool) -> tuple[End
         sock.close()
 
 
-def _final(root: str, request: connect.Call, remove: bool, ending: Ending) -> dict[str, Any]:
+def final(root: str, request: connect.Call, remove: bool, ending: Ending) -> dict[str, Any]:
     """The daemon's last word: by then the environment is settled, and gone where it was to be removed."""
     request.sock.settimeout(_FINAL_S)
     try:

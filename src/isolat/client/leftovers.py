@@ -22,7 +22,8 @@ from isolat.linux import mounts
 _WAIT_S = 15.0
 _STEP_S = 0.05
 _OURS = re.compile(
-    r"(lock|start\.lock|daemon\.(sock|log)(\..*)?|index\.sqlite.*|envs|pool.*|runtime|images|mounts|templates|guest|disks|doctor.*)"
+    r"(lock|start\.lock|daemon\.(sock|log)(\..*)?|index\.sqlite.*|envs|pool.*|"
+    r"runtime|images|mounts|templates|snapshots|guest|disks|doctor.*)"
 )
 
 

@@ -134,6 +134,16 @@ class Environment:
         """What its screen shows, as PNG. Raises Unsupported where it has none."""
         return screenshot(self.client, self.id)
 
+    def fork(self, count: int = 1, *, name: str = "") -> list[Environment]:
+        """Make others that go on where this one is, with all its processes. ``name`` is for a single one."""
+        found = self.client._ask("fork", {"env": self.id, "count": count, "name": name})["environments"]
+        return [Environment(self.client, child["id"], child["name"]) for child in found]
+
+    def snapshot(self, name: str) -> dict[str, Any]:
+        """Keep it as it is now, with all its processes; ``Client.restore`` goes on from there."""
+        found: dict[str, Any] = self.client._ask("snapshot", {"env": self.id, "name": name})
+        return found
+
     def logs(
         self, *, follow: bool = False, tail: int | None = None, since_s: float | None = None
     ) -> Iterator[logs.LogRecord]:
@@ -217,6 +227,19 @@ class Client:
             os.close(fd)
         found: dict[str, Any] = self._ask("plan", {"spec": data})
         return found
+
+    def restore(self, snapshot: str, *, name: str = "", remove: bool = False) -> Environment:
+        """A new environment that goes on where the snapshot was, in the background."""
+        found = self._ask("restore", {"snapshot": snapshot, "name": name, "remove": remove})
+        return Environment(self, found["id"], found["name"])
+
+    def snapshots(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self._ask("snapshots", {})["snapshots"]
+        return found
+
+    def remove_snapshot(self, snapshot: str) -> None:
+        """What was made from it goes on."""
+        self._ask("snapshot_rm", {"snapshot": snapshot})
 
     def images(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = self._ask("images", {})["images"]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal as signals
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 
 from isolat import __version__
+from isolat.daemon import snapshots as s
 from isolat.daemon import templates as t
 from isolat.daemon.arguments import Arguments
 from isolat.daemon.call import Answer, Call
@@ -40,9 +42,27 @@ def run(call: Call) -> Answer:
         cols=args.integer("cols", 0, 0, 0xFFFF),
         descriptors=call.descriptors,
     )
+    return _followed(call, env, sock)
+
+
+def restore(call: Call) -> Answer:
+    """``run`` for what goes on from a snapshot."""
+    args = call.args
+    env, sock = call.engine.run_snapshot(
+        args.text("snapshot"),
+        s.wanted(args),
+        call.caller,
+        attach=args.flag("attach"),
+        stdin=args.flag("stdin"),
+    )
+    return _followed(call, env, sock)
+
+
+def _followed(call: Call, env: Environment, sock: socket.socket | None) -> Answer:
+    """Give the caller the streams and wait for its end; without streams, don't wait."""
     if sock is None:
         return {"id": env.id, "name": env.name}
-    stream = {"id": env.id, "name": env.name, "key": env.handle.main_name, "tty": bool(service.get("tty"))}
+    stream = {"id": env.id, "name": env.name, "key": env.handle.main_name, "tty": bool(env.handle.spec.get("tty"))}
     with sock:
         try:
             call.send({"stream": stream}, [sock.fileno()])
@@ -289,6 +309,11 @@ VERBS: dict[str, Callable[[Call], Answer]] = {
     "ping": ping,
     "run": run,
     "plan": plan,
+    "restore": restore,
+    "fork": s.fork,
+    "snapshot": s.snapshot,
+    "snapshots": s.snapshots,
+    "snapshot_rm": s.snapshot_rm,
     "exec": exec_,
     "attach": attach,
     "ps": ps,

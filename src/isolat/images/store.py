@@ -108,7 +108,8 @@ class ImageStore:
         last = gone >= set(image.names)
         if last and image.digest in in_use:
             raise Conflict(
-                f"image {name} is in use", hint="`isolat ps -a` and `isolat snapshot ls` show by what; remove that first"
+                f"image {name} is in use",
+                hint="`isolat ps -a` and `isolat snapshot ls` show by what; remove that first",
             )
         with self._lock():
             self._write_names({key: value for key, value in self._names().items() if key not in gone})
