@@ -121,8 +121,10 @@ def test_networks_are_as_declared(root: Root, subject: Subject, network: str) ->
     if network not in subject.can.networks:
         _refused(root, spec)
     elif network == "none" and subject.layers[-1].capabilities.machine:
-        # A machine has a card at which nothing is plugged: without an address, and down.
-        assert _output(root, subject.shell("cat /sys/class/net/e*/flags /proc/net/route")).startswith("0x1002\n")
+        # A machine has a card at which nothing is plugged: without a route, and down. A slow system may not know it yet.
+        script = "cat /proc/net/route; cat /sys/class/net/[!l]*/flags 2>/dev/null; true"
+        heading, *flags = _output(root, subject.shell(script)).splitlines()
+        assert heading.startswith("Iface") and set(flags) <= {"0x1002"}
     elif network == "none" and subject.can.boundary != "none":
         assert _output(root, spec) == "lo\n"
     elif network == "host":
