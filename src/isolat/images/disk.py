@@ -105,6 +105,11 @@ def init_of(root: Path) -> str:
 def check(root: Path) -> None:
     """Raises Unsupported, with the remedy, for an image that can't boot, and where a program is missing here."""
     init_of(root)
+    check_tools()
+
+
+def check_tools() -> None:
+    """Raises Unsupported, with the package, where a program that makes disks is missing here."""
     grub.check()
     for program, package in (("mkfs.ext4", "e2fsprogs"), ("depmod", "kmod")):
         if shutil.which(program, path=child.SAFE_PATH) is None:

@@ -20,6 +20,7 @@ from typing import ClassVar
 
 from isolat.deadline import Deadline
 from isolat.errors import DeadlineExceeded, InternalError, IsolatError, Unsupported
+from isolat.images import disk
 from isolat.layers import common, machines
 from isolat.layers.base import (
     GUEST,
@@ -63,7 +64,12 @@ class VmLayer(Layer):
     )
 
     def probe(self, place: Place, d: Deadline) -> Probe:
-        return machines.probe(place)
+        found = machines.probe(place)
+        try:
+            disk.check_tools()
+        except Unsupported as error:
+            return found if not found.ready else Probe(False, error.message, error.hint)
+        return found
 
     def plan(self, job: Job, probe: Probe) -> Plan:
         common.check(job, self.name, self.capabilities)
