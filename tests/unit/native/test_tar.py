@@ -187,7 +187,7 @@ def test_nothing_leaves_the_directory(tmp_path: Path, name: str) -> None:
         link = tarfile.TarInfo("0/link")
         link.type, link.linkname = tarfile.SYMTYPE, str(outside)
         bad = tarfile.TarInfo(HOSTILE[name][0])
-        bad.type, bad.linkname = HOSTILE[name][1:]  # type: ignore[assignment]
+        bad.type, bad.linkname = HOSTILE[name][1:]
         for info in (top, link, bad):
             tar.addfile(info)
 
