@@ -207,7 +207,23 @@ static bool parse_stat(const char *text, Stat *s)
     return rest && sscanf(rest, ") %c %d %*d %*d %*d %*d %u", &s->state, &s->parent, &s->flags) == 3;
 }
 
-static int64_t left_of_task(pid_t pid, const char *tid)
+/* How often each task has left its processor, of all that were looked at. Not from schedstat: a task that is woken
+   before it was taken off the queue (delayed dequeue, Linux 6.12) is not counted there. */
+static uint64_t runs;
+
+static void count_runs(pid_t pid, const char *tid)
+{
+    char path[64], text[4096];
+    unsigned long long by_itself = 0, by_force = 0;
+    snprintf(path, sizeof path, "/proc/%d/task/%.16s/status", (int)pid, tid);
+    ssize_t n = read_small(path, text, sizeof text);
+    const char *line = n > 0 ? strstr(text, "\nvoluntary_ctxt_switches:") : NULL;
+    if (line)
+        sscanf(line, " voluntary_ctxt_switches: %llu nonvoluntary_ctxt_switches: %llu", &by_itself, &by_force);
+    runs += strtoull(tid, NULL, 10) * 0x9e3779b97f4a7c15 + (by_itself + by_force) * 0xbf58476d1ce4e5b9;
+}
+
+static int64_t left_of_waiting(pid_t pid, const char *tid)
 {
     char path[64], text[512];
     Stat s;
@@ -225,6 +241,15 @@ static int64_t left_of_task(pid_t pid, const char *tid)
     if (read_small(path, text, sizeof text) <= 0 || !parse_call(text, &c))
         return 0;
     return left_of_call(&c);
+}
+
+/* Counted before and after, so that it can't have run in between either. */
+static int64_t left_of_task(pid_t pid, const char *tid)
+{
+    count_runs(pid, tid);
+    int64_t left = left_of_waiting(pid, tid);
+    count_runs(pid, tid);
+    return left;
 }
 
 static void sooner(int64_t *left, int64_t other)
@@ -321,21 +346,39 @@ static bool any_itimer(void)
     return found;
 }
 
-int64_t idle_ms(void)
+static int64_t look(void)
 {
     int64_t left = NEVER;
     pid_t self = getpid();
     Stat s;
+    runs = 0;
     DIR *d = opendir("/proc");
     if (!d)
         return 0;
     for (struct dirent *e; left > 0 && (e = readdir(d));) {
         pid_t pid = (pid_t)strtol(e->d_name, NULL, 10);
-        if (pid > 0 && pid != self && process_of_user(pid, &s) && (machine_is_ours || descends(pid, self)))
+        if (pid <= 0 || pid == self)
+            continue;
+        s.flags = 0;
+        if (process_of_user(pid, &s) && (machine_is_ours || descends(pid, self)))
             sooner(&left, left_of_process(pid));
+        else if (machine_is_ours && !(s.flags & KTHREAD))
+            left = 0; /* listed, and gone: somebody runs, if only who waited for it and was looked at before */
     }
     closedir(d);
     if (left > 0 && machine_is_ours && any_itimer())
         left = 0;
-    return left == NEVER ? -1 : left;
+    return left;
+}
+
+/* Processes are looked at one after the other: one that was found waiting may be woken by one that has not been looked
+   at yet, and which then waits in its turn. So a second look must find the same tasks, all of them still waiting, and
+   none of them may have run since: then there was a moment between the two in which nothing ran. */
+int64_t idle_ms(void)
+{
+    int64_t left = look();
+    if (left != NEVER)
+        return left;
+    uint64_t before = runs;
+    return look() == NEVER && runs == before ? -1 : 0;
 }
