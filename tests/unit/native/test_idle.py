@@ -59,7 +59,9 @@ BUSY = {
     "a time limit": "import socket, struct; a, b = socket.socketpair();"
     " a.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack('ll', 1000, 0)); a.recv(1)",
     "a timer": TIMERS + "signal.pause()",
-    "two that take turns": "a, b = os.pipe(); c, d = os.pipe()\nr, w = (a, d) if os.fork() else (c, b)\nos.write(w, b'x')\n"
+    "two that take turns": "a, b = os.pipe(); c, d = os.pipe()\n"
+    "r, w = (a, d) if os.fork() else (c, b)\n"
+    "os.write(w, b'x')\n"
     "while True: os.read(r, 1); os.write(w, b'x')",
 }
 KNOWN = {
