@@ -209,12 +209,8 @@ class Copying:
         service |= wanted
         env, planned = self._maker.prepare(parse(service), service, caller, then.digest, d)
         try:
-            layer.check_restore(frame, planned.frame)
-            if base:
-                planned = replace(
-                    planned, frame=replace(planned.frame, options=(*planned.frame.options, ("base", base)))
-                )
-                env.save(frames=(planned.frame,))
+            planned = replace(planned, frame=_of_base(layer.going_on(frame, planned.frame), base))
+            env.save(frames=(planned.frame,))
             disk = os.open(env.directory / DISK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except BaseException:
             self._maker.undo(env)
@@ -287,6 +283,11 @@ class Copying:
             for child in made:
                 self._maker.undo(child.env)
             raise
+
+
+def _of_base(frame: Frame, base: str) -> Frame:
+    """``base``: the snapshot whose memory it maps."""
+    return replace(frame, options=(*frame.options, ("base", base))) if base else frame
 
 
 def _io(spec: Spec) -> Io:

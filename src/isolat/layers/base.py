@@ -297,8 +297,9 @@ class CanSnapshot(Protocol):
     def check_snapshot(self, frame: Frame) -> None:
         """Raises Unsupported, with the reason, where this machine can't be copied."""
 
-    def check_restore(self, copied: Frame, now: Frame) -> None:
-        """Raises Unsupported, with the reason, where a machine like ``now`` can't go on from a copy of ``copied``."""
+    def going_on(self, copied: Frame, now: Frame) -> Frame:
+        """``now`` for a machine that goes on from a copy of ``copied``. Raises Unsupported, with the reason, where it
+        can't."""
 
     def snapshot(self, frame: Frame, place: Place, to: Copy, d: Deadline) -> Copied:
         """Copy the machine, which goes on, whatever happens."""

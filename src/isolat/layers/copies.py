@@ -8,6 +8,8 @@ and names of its own, and the application is bound to its new keeper by the key 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -22,18 +24,22 @@ from isolat.qemu import argv, dialogue, forks, machine, memory
 from isolat.qemu.qmp import Qmp
 from isolat.trace import mark
 
+COPY_VERSION = 1  # raise it when a copy of before can't go on any more
 _SPEAK_S = 10.0
 _PAUSED = "paused"
 _TSC_DRIFT = 500e-6  # what two measurements of one counter may differ by, and a guest's clock be wrong by
 
 
-def options(asked: argv.Machine, guest_key: str, qemu_identity: str, *, possible: bool) -> tuple[tuple[str, Any], ...]:
-    """What a machine's frame says of whether its copy can go on in another: in one with the same devices, the same
-    kernel and the same build of QEMU, while the time stamp counter, which it was told the speed of, still has that."""
-    if not possible:
-        return ()
-    same = argv.template_key(replace(asked, tsc_khz=min(asked.tsc_khz, 1)), guest_key, qemu_identity)
-    return (("copy_key", same), ("tsc_khz", asked.tsc_khz))
+def options(asked: argv.Machine, qemu_identity: str, *, possible: bool) -> tuple[tuple[str, Any], ...]:
+    """What a machine's frame says of what its copy can go on in."""
+    return (("copy_key", _key(asked, qemu_identity)), ("tsc_khz", asked.tsc_khz)) if possible else ()
+
+
+def _key(asked: argv.Machine, qemu_identity: str) -> str:
+    """The same build of QEMU and the same devices. Kernel, initramfs and agent come along in the memory."""
+    bare = replace(asked, incoming=True, share=False, vmlinux="", initramfs="", kernel_arguments=())
+    parts = {"version": COPY_VERSION, "argv": argv.microvm_argv(bare), "qemu": qemu_identity}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def check(frame: Frame) -> None:
@@ -44,12 +50,13 @@ def check(frame: Frame) -> None:
         )
 
 
-def check_restore(copied: Frame, now: Frame) -> None:
+def going_on(copied: Frame, now: Frame) -> Frame:
+    """What it was booted with stays true of it: the kernel, and the speed of the time stamp counter."""
     check(now)
     if copied.option("copy_key") != now.option("copy_key"):
         raise Unsupported(
-            "the copy is of a machine with another QEMU, kernel or devices than are made here now",
-            hint="a copy goes on under the QEMU and with the guest kernel that it was made with; make a new one",
+            "the copy is of a machine with another QEMU or other devices than are made here now",
+            hint="a copy goes on under the very QEMU that it was made with; make a new one",
         )
     then_khz, now_khz = int(copied.option("tsc_khz") or 0), int(now.option("tsc_khz") or 0)
     if abs(then_khz - now_khz) > then_khz * _TSC_DRIFT:
@@ -57,6 +64,8 @@ def check_restore(copied: Frame, now: Frame) -> None:
             f"the copy's clock counts {then_khz} kHz, and this processor's time stamp counter has {now_khz}",
             hint="start it on a machine with the same processor",
         )
+    kept = {name: copied.option(name) for name in ("release", "tsc_khz")}
+    return replace(now, options=tuple({**dict(now.options), **kept}.items()))
 
 
 def take(place: Place, to: Copy, d: Deadline) -> Copied:

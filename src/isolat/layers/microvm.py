@@ -119,7 +119,7 @@ class MicrovmLayer(Layer):
                 ("outer", outer),
                 ("release", kit.release),
                 ("cpus", asked.cpus),
-                *copies.options(asked, kit.guest_key, kit.qemu_identity, possible=templated and not outer),
+                *copies.options(asked, kit.qemu_identity, possible=templated and not outer),
             ),
         )
 
@@ -188,8 +188,8 @@ class MicrovmLayer(Layer):
     def check_snapshot(self, frame: Frame) -> None:
         copies.check(frame)
 
-    def check_restore(self, copied: Frame, now: Frame) -> None:
-        copies.check_restore(copied, now)
+    def going_on(self, copied: Frame, now: Frame) -> Frame:
+        return copies.going_on(copied, now)
 
     def snapshot(self, frame: Frame, place: Place, to: Copy, d: Deadline) -> Copied:
         return copies.take(place, to, d)
