@@ -16,8 +16,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mount.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -574,6 +576,19 @@ static bool make_point(int root, const char *target, bool directory)
     return true;
 }
 
+/* A root that is only read becomes writable for as long as it takes. */
+static bool make_point_there(const char *where, int root, const char *target, bool directory)
+{
+    struct statvfs v;
+    bool closed = !statvfs(where, &v) && v.f_flag & ST_RDONLY;
+    if (closed && mount(NULL, where, NULL, MS_REMOUNT, NULL))
+        return complain("opening", where);
+    bool fine = make_point(root, target, directory);
+    if (closed && mount(NULL, where, NULL, MS_REMOUNT | MS_RDONLY, NULL))
+        return complain("closing", where);
+    return fine;
+}
+
 static int bind_at(const char *source, const char *where, const char *target, bool read_only)
 {
     struct stat st;
@@ -584,9 +599,11 @@ static int bind_at(const char *source, const char *where, const char *target, bo
         return complain("opening", source), 1;
     if (syscall(NR_MOUNT_SETATTR, tree, "", AT_EMPTY_PATH, &a, sizeof a))
         return complain("attributes of", source), 1;
-    if (!make_point(root, target, S_ISDIR(st.st_mode)))
-        return 1;
     int at = open_in(root, target, 0);
+    if (at < 0 && !make_point_there(where, root, target, S_ISDIR(st.st_mode)))
+        return 1;
+    if (at < 0)
+        at = open_in(root, target, 0);
     if (at < 0 || syscall(NR_MOVE_MOUNT, tree, "", at, "", MOVE_FROM_EMPTY | MOVE_TO_EMPTY))
         return complain("mounting at", target), 1;
     return 0;

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 EXIT_OURS = 125
 EXIT_SIGPIPE = 141
 _FINAL_S = 10.0
+_CARRIED_S = 600.0  # with volumes: a machine's are carried back by the daemon
 
 # option → key of the spec, where the value is passed on as it was given
 _PLAIN = {
@@ -79,7 +80,8 @@ def _attached(root: str, service: dict[str, Any], fds: list[int], parsed: o.Pars
             ending, broken = pump(request, relay, parsed.flag("interactive"), tty)
             if ending.kind == "detached":
                 return 0
-            return exit_code(ending, broken, final(root, request, parsed.flag("rm"), ending))
+            seconds = _CARRIED_S if fds else _FINAL_S
+            return exit_code(ending, broken, final(root, request, parsed.flag("rm"), ending, seconds))
 
 
 def build(parsed: o.Parsed) -> tuple[dict[str, Any], list[int]]:
@@ -161,15 +163,17 @@ def pump(request: connect.Call, relay: Any, stdin: bool, tty: bool) -> tuple[End
         sock.close()
 
 
-def final(root: str, request: connect.Call, remove: bool, ending: Ending) -> dict[str, Any]:
+def final(
+    root: str, request: connect.Call, remove: bool, ending: Ending, seconds: float = _FINAL_S
+) -> dict[str, Any]:
     """The daemon's last word: by then the environment is settled, and gone where it was to be removed."""
-    request.sock.settimeout(_FINAL_S)
+    request.sock.settimeout(seconds)
     try:
         result: dict[str, Any] = request.result()
         return result
     except TimeoutError:
         if remove:
-            complain(f"it ended, but was not removed within {_FINAL_S:g} s; the daemon goes on with that")
+            complain(f"it ended, but was not removed within {seconds:g} s; the daemon goes on with that")
     except Exception as error:
         if ending.kind != "exited":
             raise

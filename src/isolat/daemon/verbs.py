@@ -70,8 +70,7 @@ def _followed(call: Call, env: Environment, sock: socket.socket | None) -> Answe
             # Nobody was ever told of it: whoever asked has gone while it was being made.
             call.engine.remove(env.id, force=True)
             raise
-    done = env.gone if env.handle.remove else env.ended
-    while not done.wait(1.0):
+    while not env.finished(1.0):
         if call.gone():
             break
     return {"id": env.id, "name": env.name, "removed": env.gone.is_set(), **_end(env)}

@@ -13,7 +13,7 @@ from isolat.engine.admission import uid_base
 from isolat.engine.handle import Handle
 from isolat.engine.paths import StateRoot
 from isolat.errors import InternalError, Unsupported, UsageError
-from isolat.layers import microvm
+from isolat.layers import microvm, volumes
 from isolat.layers.base import (
     GUEST,
     MAIN,
@@ -195,7 +195,7 @@ def _job_in_machine(job: Job, inside: Place) -> Job:
         image=microvm.inner_image(job.image) if job.image else None,
         spec=replace(
             job.spec,
-            volumes=(),
+            volumes=volumes.inner(job, microvm.VOLUMES),
             memory_bytes=0,
             memory_swap_bytes=None,
             cpus=DEFAULT_CPUS,
@@ -204,6 +204,10 @@ def _job_in_machine(job: Job, inside: Place) -> Job:
         upper=f"{microvm.DISK}/{job.id}",
         upper_bounded=True,
         cgroup=f"/isolat/{job.id}",
+        after=volumes.after(job, microvm.VOLUMES, microvm.INNER_GROUP),
+        opened=False,
+        caller_uid=0,  # whose volumes they are is root inside
+        caller_gid=0,
     )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from isolat.checkpoint import checkpoint
 from isolat.deadline import Deadline
+from isolat.engine.carrying import Carried, carry_back, in_all
 from isolat.engine.environment import Environment
 from isolat.engine.handle import HANDLE, guest_words, read_exit
 from isolat.engine.journal import log
@@ -38,9 +39,14 @@ class Endings:
         self._cgroup_parent = cgroup_parent
         self.facts = facts
 
-    def settle(self, env: Environment, exit: Exit | None, reason: str = "") -> None:
+    def carry_back(self, env: Environment) -> Carried:
+        """Carry back what its machine has changed in its volumes; once that is done there is nothing more to do."""
+        return carry_back(env, self.facts)
+
+    def settle(self, env: Environment, exit: Exit | None, reason: str = "", carried: Carried | None = None) -> None:
         """Record how it ended (LOST without ``exit``), and undo all but what outlives the application."""
         handle = env.handle
+        carried = carried or self.carry_back(env)
         if exit is not None:
             exit = replace(exit, forced=env.forced or exit.forced, oom=self.oom(env))
         steps = [step for step in handle.frames[0].steps if not _kept(step)]
@@ -51,7 +57,8 @@ class Endings:
         env.save(
             state=State.EXITED if exit is not None else State.LOST,
             exit=exit,
-            reason=reason or env.stop_reason or guest_death(env, exit),
+            reason=in_all(reason or env.stop_reason or guest_death(env, exit), carried.said),
+            remove=handle.remove and not carried.kept,
             started_ns=handle.started_ns or (exit.started_ns if exit else 0),
         )
 

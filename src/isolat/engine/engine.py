@@ -19,6 +19,7 @@ from pathlib import Path
 
 from isolat.deadline import NEVER, Deadline
 from isolat.engine import admission, entering, states
+from isolat.engine.carrying import carries
 from isolat.engine.copying import Copying, Forked
 from isolat.engine.creation import boot_id
 from isolat.engine.endings import Endings
@@ -48,6 +49,7 @@ from isolat.places.link import Reactor
 from isolat.places.wired import WiredPlace
 
 _STOP_MORE_S = 10.0
+_HAND_OVER_S = 120.0  # a machine may take so long to hand over its volumes: native/after.c
 _SCREEN_S = 30.0
 
 GROUP = "isolat"
@@ -251,14 +253,14 @@ class Engine:
         if not env.state.alive:
             return env
         grace_s = env.spec.stop_grace_s if grace_s is None else grace_s
+        more_s = _HAND_OVER_S if carries(env) else 0.0
         with env.operation("stopping"):
             layer, place = entering.last(env, self.facts)
             self.table.publish("stop", env)
             with contextlib.suppress(Lost):  # its keeper died meanwhile, which is an end as well
-                ended = layer.stop(env.handle.frames[-1], place, grace_s, Deadline(grace_s + _STOP_MORE_S))
+                ended = layer.stop(env.handle.frames[-1], place, grace_s, Deadline(grace_s + _STOP_MORE_S + more_s))
                 env.forced = env.forced or ended.forced
-        done = env.gone if env.handle.remove else env.ended
-        if not done.wait(OPERATION_WAIT_S):
+        if not env.finished(OPERATION_WAIT_S + more_s):
             raise DeadlineExceeded(
                 f"{env.name} was killed, but has not come to its end", stage="stop", hint=f"isolat rm -f {env.name}"
             )

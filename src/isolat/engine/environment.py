@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -16,6 +17,8 @@ from isolat.layers.base import State
 from isolat.places.link import Link
 from isolat.spec.model import Spec
 from isolat.spec.parse import parse
+
+_LOOK_AGAIN_S = 0.5
 
 
 class Environment:
@@ -69,6 +72,18 @@ class Environment:
             with self._condition:
                 self._operation = ""
                 self._condition.notify_all()
+
+    def finished(self, seconds: float) -> bool:
+        """Wait for its end; where it is to be removed then, for that. False: not within this time."""
+        end = time.monotonic() + seconds
+        while True:
+            # What has ended may be kept after all: ``Carried.kept``.
+            done = self.gone if self.handle.remove else self.ended
+            left_s = end - time.monotonic()
+            if done.wait(max(0.0, min(left_s, _LOOK_AGAIN_S))):
+                return True
+            if left_s <= 0:
+                return False
 
     @staticmethod
     def new_exec_key() -> str:

@@ -95,6 +95,7 @@ def _command(data: dict[str, Any] | None) -> Command | None:
     values["env"] = tuple((a, b) for a, b in values["env"])
     values["cgroup_files"] = tuple(values["cgroup_files"])
     values["held"] = tuple(values.get("held", ()))
+    values["after"] = tuple(values.get("after", ()))
     return Command(**values)
 
 

@@ -9,10 +9,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from isolat.deadline import Deadline
+from isolat.engine.journal import log
 from isolat.errors import InternalError, StoreError
 from isolat.guest.blank import blank, copy_sparse
-from isolat.layers.base import Descriptor, Source, TemplatePlan
+from isolat.layers.base import Descriptor, Shares, Source, TemplatePlan
 from isolat.places.base import Place
+from isolat.volumes import transfer
 
 Opener = Callable[[TemplatePlan, Deadline], tuple[int, int]]
 Bases = Callable[[Descriptor, Deadline], Path]
@@ -36,23 +38,32 @@ class Holding:
         place: Place,
         d: Deadline,
         but: Collection[str] = (),
+        given: Sequence[int] = (),
     ) -> None:
         """Open these and let the place hold them, without those whose names are in ``but``.
 
+        ``given``: the sources of the volumes, which the caller has opened.
         Raises StoreError when a file can't be opened or made.
         """
         wanted = [descriptor for descriptor in descriptors if descriptor.name not in but]
         with ExitStack() as ours:
             found: dict[str, int] = {}
             for descriptor in wanted:
-                found.update(self._open(descriptor, template, ours, d))
+                found.update(self._open(descriptor, template, given, ours, d))
             if found:
                 place.hold(found, d)
 
     def _open(
-        self, descriptor: Descriptor, template: TemplatePlan | None, ours: ExitStack, d: Deadline
+        self,
+        descriptor: Descriptor,
+        template: TemplatePlan | None,
+        given: Sequence[int],
+        ours: ExitStack,
+        d: Deadline,
     ) -> dict[str, int]:
         name = descriptor.name
+        if descriptor.source is Source.GIVEN:
+            return {name: given[descriptor.given]}
         if descriptor.source is Source.PAIR:
             one, other = socket.socketpair()
             ours.enter_context(one)
@@ -67,6 +78,8 @@ class Holding:
             # A description of its own: every clone reads it from the beginning.
             fd = os.open(f"/proc/self/fd/{state}", os.O_RDONLY | os.O_CLOEXEC)
         else:
+            if descriptor.shares is not None:
+                _archive(descriptor, descriptor.shares, given, d)
             fd = self._file(descriptor, d)
         ours.callback(os.close, fd)
         return {name: fd}
@@ -84,6 +97,15 @@ class Holding:
             return os.open(descriptor.path, mode | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError as error:
             raise StoreError(f"{descriptor.path or descriptor.name} can't be opened: {error.strerror}") from error
+
+
+def _archive(descriptor: Descriptor, shares: Shares, given: Sequence[int], d: Deadline) -> None:
+    found = zip(given, shares.read_only, strict=True)
+    volumes = [transfer.Volume(str(n), fd, read_only) for n, (fd, read_only) in enumerate(found)]
+    owner = transfer.Owner(shares.uid, shares.gid)
+    left = transfer.bring_in(Path(descriptor.path), volumes, owner, descriptor.size_bytes, d)
+    if left:
+        log(f"{descriptor.path}: not copied in: {transfer.in_words(left)}")
 
 
 def _memory(name: str, size_bytes: int) -> int:

@@ -38,7 +38,19 @@ from isolat.errors import Conflict, IsolatError, Unsupported, UsageError
 from isolat.images.pool import Pool
 from isolat.images.store import ImageStore, Progress
 from isolat.layers import registry
-from isolat.layers.base import GUEST, CanEnter, CanWarm, ImageRef, Layer, MachineKit, Plan, Probe, State
+from isolat.layers.base import (
+    GUEST,
+    CanEnter,
+    CanWarm,
+    Descriptor,
+    ImageRef,
+    Layer,
+    MachineKit,
+    Plan,
+    Probe,
+    Source,
+    State,
+)
 from isolat.places.base import Facts, Io, Place
 from isolat.places.link import Link
 from isolat.places.wired import WiredPlace
@@ -364,9 +376,12 @@ class Maker:
         ours = None
         for depth, item in enumerate(planned):
             plan = item.plan
+            given = descriptors if depth == 0 else ()
             if ready is None:
-                place.carry_out(plan.steps, d, descriptors if depth == 0 else ())
-                self._holding.provide(plan.descriptors, plan.template, place, d)
+                place.carry_out(plan.steps, d, given)
+                self._holding.provide(plan.descriptors, plan.template, place, d, given=given)
+            else:
+                self._holding.provide(_from_caller(plan.descriptors), None, place, d, given=given)
             mark("steps-carried-out")
             last = depth == len(planned) - 1
             if last and attach:
@@ -406,6 +421,11 @@ class Maker:
     def close(self) -> None:
         """Undo what was made in advance: nobody will take it."""
         self.warm.close()
+
+
+def _from_caller(descriptors: Sequence[Descriptor]) -> list[Descriptor]:
+    """What a machine that was made in advance does not have yet."""
+    return [one for one in descriptors if one.source in (Source.VOLUMES, Source.GIVEN)]
 
 
 def adopt(place: Place, key: str, stdin: bool, d: Deadline) -> socket.socket:

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from isolat.deadline import Deadline
 from isolat.engine import entering
+from isolat.engine.carrying import in_all
 from isolat.engine.endings import Endings, guest_death
 from isolat.engine.environment import Environment
 from isolat.engine.journal import log
@@ -104,13 +105,15 @@ class Supervisor:
         with env.operation("settling", Deadline(OPERATION_WAIT_S)):
             if env.state != State.RUNNING:
                 return
-            if env.handle.remove:
+            carried = self._endings.carry_back(env)
+            if env.handle.remove and not carried.kept:
                 exit = replace(exit, forced=env.forced, oom=self._endings.oom(env))
-                env.handle = env.handle.with_(exit=exit, reason=env.stop_reason or guest_death(env, exit))
+                reason = in_all(env.stop_reason or guest_death(env, exit), carried.said)
+                env.handle = env.handle.with_(exit=exit, reason=reason)
                 self._table.publish("die", env, code=exit.code, signal=exit.signal)
                 self._destroy_or_retry(env)
                 return
-            self._endings.settle(env, exit)
+            self._endings.settle(env, exit, carried=carried)
         self._tell_end(env)
 
     def _keeper_gone(self, env: Environment, link: Link) -> None:

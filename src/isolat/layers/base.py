@@ -43,6 +43,7 @@ class Capabilities:
     limits: frozenset[str] = frozenset()  # memory, cpus, pids, disk
     networks: frozenset[str] = frozenset({"host"})
     volumes: bool = False
+    volumes_live: bool = True  # what changes on one side is seen on the other at once; else only at its end
     tmpfs: bool = False
     read_only: bool = False
     users: bool = False  # -u
@@ -121,6 +122,8 @@ class Job:
     caller_uid: int = 0
     caller_gid: int = 0
     command: tuple[str, ...] = ()  # empty for the outer layer of a stack
+    after: tuple[str, ...] = ()  # Command.after of the application
+    opened: bool = True  # the sources of its volumes came with the request, as descriptors
     env: tuple[tuple[str, str], ...] = ()
 
 
@@ -132,8 +135,19 @@ class Source(StrEnum):
     FILE = "file"  # the file at this path
     DISK = "disk"  # a new, empty, sparse file system of this size, at this path
     BOOTABLE = "bootable"  # a new, sparse, bootable disk of this size at this path, made from an image
+    VOLUMES = "volumes"  # a new archive of the volumes at this path, which may become as large as this
+    GIVEN = "given"  # one that came with the request, opened by the caller
     TEMPLATE_MEMORY = "template-memory"  # what a template keeps
     TEMPLATE_STATE = "template-state"
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Volumes that are copied: with whose rights, and which of them are only read."""
+
+    uid: int
+    gid: int
+    read_only: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
@@ -147,10 +161,13 @@ class Descriptor:
     writable: bool = False
     image: str = ""  # the digest of what a bootable disk is made from
     tree: str = ""  # where that is mounted
+    shares: Shares | None = None  # what an archive of volumes is made of
+    given: int = -1  # which of the descriptors that came with the request
 
     def describe(self) -> str:
         what = {Source.FILE: f"open {self.path}", Source.DISK: f"make an empty disk {self.path}"}
         what |= {Source.BOOTABLE: f"make a bootable disk {self.path} from {self.tree}"}
+        what |= {Source.VOLUMES: f"copy the volumes to {self.path}", Source.GIVEN: f"the source of volume {self.given}"}
         size = f" ({self.size_bytes >> 20} MiB)" if self.size_bytes else ""
         return f"hold {self.name}: {what.get(self.source, self.source.value)}{size}"
 

@@ -147,4 +147,5 @@ def main(job: Job, host: str) -> Command:
         env=tuple(env.items()),
         cwd=job.spec.working_dir or (image.working_dir if image else "") or "/",
         user=job.spec.user or (image.user if image else ""),
+        after=job.after,
     )

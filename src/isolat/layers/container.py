@@ -215,7 +215,7 @@ def _outside(job: Job, probe: Probe) -> tuple[tuple[Bind, ...], tuple[Step, ...]
     for n, volume in enumerate(job.spec.volumes):
         at = f"{job.dir}/volumes/{n}"
         attributes = CLOSED | (MOUNT_ATTR_RDONLY if volume.read_only else 0)
-        steps.append(Idmap(volume.source, at, _volume_lines(job), attributes, descriptor=n))
+        steps.append(Idmap(volume.source, at, _volume_lines(job), attributes, descriptor=n if job.opened else -1))
         binds.append(Bind(at, volume.target, volume.read_only))
     for n, (source, target) in enumerate(common.binds(job)):
         at = f"{job.dir}/binds/{n}"

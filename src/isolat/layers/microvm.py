@@ -24,10 +24,18 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from isolat.deadline import Deadline
-from isolat.errors import CommandNotFound, DeadlineExceeded, InternalError, NotExecutable, StartFailed, Unsupported
+from isolat.errors import (
+    CommandNotFound,
+    DeadlineExceeded,
+    InternalError,
+    IsolatError,
+    NotExecutable,
+    StartFailed,
+    Unsupported,
+)
 from isolat.guest import blank
 from isolat.guest.kernel import KERNEL_ARGUMENTS
-from isolat.layers import common, copies, machines
+from isolat.layers import common, copies, machines, volumes
 from isolat.layers.base import (
     GUEST,
     Boundary,
@@ -67,13 +75,17 @@ from isolat.trace import mark
 INSIDE = "/run/isolat"
 ROOT = f"{INSIDE}/root"
 IMAGE, DISK, TOOLS = f"{INSIDE}/image", f"{INSIDE}/disk", f"{INSIDE}/tools"
+VOLUMES = f"{DISK}/volumes"
 GROUP = "/sys/fs/cgroup/isolat-application"
+INNER_GROUP = "/sys/fs/cgroup/isolat"  # of all that a layer inside makes
 OPTIONS = frozenset({"template", "park_s"})
 MEMORY_MIN_BYTES = 96 << 20
 PARK_S = 10.0
+_KILL_S = 5.0
+_STOP_S = 600.0
 EXERCISES = 3
 _SYSTEM = MS_NOSUID | MS_NOEXEC | MS_NODEV
-_ENTROPY_DEVICES = {"vda": "/dev/vda", "vdb": "/dev/vdb", "vdc": "/dev/vdc"}
+_ENTROPY_DEVICES = {name: f"/dev/{name}" for name, _ in argv.DISKS}
 
 
 class MicrovmLayer(Layer):
@@ -83,6 +95,8 @@ class MicrovmLayer(Layer):
         enter=True,
         limits=frozenset({"memory", "cpus", "pids", "disk"}),
         networks=frozenset({"none"}),
+        volumes=True,
+        volumes_live=False,
         tmpfs=True,
         read_only=True,
         users=True,
@@ -97,6 +111,7 @@ class MicrovmLayer(Layer):
 
     def plan(self, job: Job, probe: Probe) -> Plan:
         common.check(job, self.name, self.capabilities)
+        volumes.check(job)
         options = _options(job)
         kit = machines.kit_of(job, self.name)
         asked = _machine(job, kit)
@@ -107,10 +122,10 @@ class MicrovmLayer(Layer):
         return Plan(
             steps=machines.outside(job, argv.memory_overhead_bytes(asked)),
             guest=guest,
-            main=None if outer else replace(common.main(job, common.hostname(job)), root=ROOT, cgroup_files=_join()),
+            main=None if outer else _main(job),
             needs=Needs(job.spec.memory_bytes, job.spec.cpus, job.spec.disk_bytes, machines.digests(job)),
             descriptors=_descriptors(job, kit, template),
-            inside=_stacked_steps() if outer else _inside(job),
+            inside=_stacked_steps(job) if outer else _inside(job),
             template=template,
             options=(
                 ("cloned", templated),
@@ -119,6 +134,7 @@ class MicrovmLayer(Layer):
                 ("outer", outer),
                 ("release", kit.release),
                 ("cpus", asked.cpus),
+                *volumes.options(job),
                 *copies.options(asked, kit.qemu_identity, possible=templated and not outer),
             ),
         )
@@ -127,6 +143,8 @@ class MicrovmLayer(Layer):
         disks = {"vda": ("image", True), "vdb": ("disk", False)}
         if frame.option("outer"):
             disks["vdc"] = ("tools", True)
+        if frame.option("volumes"):
+            disks[volumes.DEVICE] = (volumes.HELD, False)
         _begin(frame, place, disks, d)
         return self._settle_in(frame, place, tuple(disks), frame.inside, io, d)
 
@@ -176,12 +194,15 @@ class MicrovmLayer(Layer):
             dialogue.stop(qmp, d)
 
     def take(self, frame: Frame, warm: Frame, place: Place, io: Io, d: Deadline) -> Proc | None:
+        changed = (volumes.DEVICE,) if frame.option("volumes") else ()
         with machine.monitor(place, d) as qmp:
+            for device in changed:
+                machine.swap(place, qmp, device, volumes.HELD, read_only=False, d=d)
             dialogue.cont(qmp, d)
         mark("machine-runs")
         done = set(warm.inside)
         steps = tuple(_below_root(step) for step in frame.inside if step not in done)
-        return self._settle_in(frame, place, (), steps, io, d)
+        return self._settle_in(frame, place, changed, steps, io, d)
 
     # copies
 
@@ -205,7 +226,14 @@ class MicrovmLayer(Layer):
     # the end
 
     def stop(self, frame: Frame, place: Place, grace_s: float, d: Deadline) -> Exit:
-        """As for every layer; a machine that does not even take the signal is killed."""
+        """As for every layer; a machine that does not even take the signal is killed.
+
+        One that has volumes to hand over gets the time for that: only its application is killed first.
+        """
+        if frame.option("carried"):
+            with contextlib.suppress(DeadlineExceeded):
+                left_s = d.left_s(_STOP_S) or 0.0
+                return _stop_application(frame, place, grace_s, d.sooner(max(0.0, left_s - _KILL_S)))
         with contextlib.suppress(DeadlineExceeded):
             return super().stop(frame, place, grace_s, d)
         place.signal(GUEST, signal.SIGKILL, d)
@@ -215,6 +243,16 @@ class MicrovmLayer(Layer):
         """The application's root; for a layer inside, the machine itself."""
         inside = place.inside(GUEST, guest_facts(place.facts, frame))
         return inside if frame.main is None else RootedPlace(inside, ROOT, _join())
+
+
+def _stop_application(frame: Frame, place: Place, grace_s: float, d: Deadline) -> Exit:
+    for number, seconds in ((signal.SIGTERM, grace_s), (signal.SIGKILL, _STOP_S)):
+        with contextlib.suppress(IsolatError):
+            place.signal(frame.main_key, number, d)
+        with contextlib.suppress(DeadlineExceeded):
+            ended = place.wait(frame.main_key, d.sooner(seconds))
+            return replace(ended, forced=ended.signal == signal.SIGKILL)
+    raise DeadlineExceeded("the application did not end")
 
 
 def guest_facts(outer: Facts, frame: Frame) -> Facts:
@@ -322,10 +360,16 @@ def _descriptors(job: Job, kit: MachineKit, template: TemplatePlan | None) -> tu
         *image,
         Descriptor("disk", Source.DISK, f"{job.dir}/disk.img", job.spec.disk_bytes, writable=True),
         *(() if job.command else (Descriptor("tools", Source.FILE, kit.tools),)),
+        *volumes.descriptors(job),
     )
 
 
 # in the guest
+
+
+def _main(job: Job) -> Command:
+    after = volumes.after(job, VOLUMES, GROUP)
+    return replace(common.main(job, common.hostname(job)), root=ROOT, cgroup_files=_join(), after=after)
 
 
 def _join() -> tuple[str, ...]:
@@ -349,12 +393,14 @@ def _inside(job: Job) -> tuple[Step, ...]:
         *_disk_steps(),
         *_image_steps(),
         *_names(job, host),
+        *volumes.unpack_steps(job, VOLUMES),
         *(MakeDir(f"{DISK}/u{tmpfs.target}") for tmpfs in job.spec.tmpfs),
         *_overlay(IMAGE, f"{DISK}/u", f"{DISK}/w", ROOT, read_only=job.spec.read_only),
         Mount("proc", f"{ROOT}/proc", "proc", flags=_SYSTEM),
         Mount("sysfs", f"{ROOT}/sys", "sysfs", flags=_SYSTEM | MS_RDONLY),
         Mount("/dev", f"{ROOT}/dev", "", flags=MS_BIND | MS_REC),
         *_memories(job),
+        *volumes.bind_steps(job, VOLUMES, ROOT),
         Cgroup((GROUP,), ((f"{GROUP}/pids.max", str(job.spec.pids_limit)),) if job.spec.pids_limit else ()),
     )
 
@@ -386,13 +432,14 @@ def _memories(job: Job) -> tuple[Step, ...]:
     )
 
 
-def _stacked_steps() -> tuple[Step, ...]:
+def _stacked_steps(job: Job) -> tuple[Step, ...]:
     """What a layer inside finds: the image and the tools, mounted, and a place to write to."""
     return (
         *_disk_steps(),
         *_image_steps(),
         MakeDir(TOOLS, 0o755),
         Mount("/dev/vdc", TOOLS, "erofs", "", MS_RDONLY | MS_NODEV),
+        *volumes.unpack_steps(job, VOLUMES),
     )
 
 

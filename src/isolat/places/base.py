@@ -71,6 +71,7 @@ class Command:
     held: tuple[str, ...] = ()  # names of held descriptors, which become the child's 4, 5, …
     spaces: int = 0  # namespaces that it starts in (CLONE_NEW* of clone(2))
     park_s: float = 0.0  # stop it after so long without a word, where nothing in it has a deadline; 0: never
+    after: tuple[str, ...] = ()  # what a machine's agent runs when it has ended, before that is told
     grace_s: float = 0.0  # how long it may take to end by itself after the application's end
 
 

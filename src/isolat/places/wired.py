@@ -210,6 +210,7 @@ def _command_fields(cmd: Command) -> Fields:
     fields += [(k.T_ENV, os.fsencode(f"{name}={value}")) for name, value in cmd.env]
     fields += [(k.T_CGROUP, path) for path in cmd.cgroup_files]
     fields += [(k.T_HELD, name) for name in cmd.held]
+    fields += [(k.T_INVERSE, os.fsencode(arg)) for arg in cmd.after]
     numbers = ((k.T_SPACES, cmd.spaces), (k.T_PARK, round(cmd.park_s * 1000)), (k.T_GRACE, round(cmd.grace_s * 1000)))
     fields += [(tag, number) for tag, number in numbers if number]
     for tag, value in ((k.T_CWD, cmd.cwd), (k.T_USER, cmd.user), (k.T_ROOT, cmd.root), (k.T_PIDFILE, cmd.pidfile)):

@@ -24,6 +24,7 @@ class Incoming:
 
     writer: Writer
     uid: int  # whose files are root's inside; root's volumes keep every number
+    gid: int
     tell: Tell
     base: list[tuple[bytes, Known]] = field(default_factory=list)  # of volumes that may be written
     _names: dict[tuple[int, int], bytes] = field(default_factory=dict)  # of files that have several
@@ -110,17 +111,17 @@ class Incoming:
             st.st_size if kind == FILE else 0,
             st.st_mtime_ns,
             stat.S_IMODE(st.st_mode),
-            self._inside(st.st_uid),
-            self._inside(st.st_gid),
+            self._inside(st.st_uid, self.uid),
+            self._inside(st.st_gid, self.gid),
         )
         self.writer.add(entry, fd)
         if self._keeps:
             self.base.append((path, known(entry)))
 
-    def _inside(self, number: int) -> int:
+    def _inside(self, number: int, theirs: int) -> int:
         if self.uid == 0:
             return number
-        return 0 if number == self.uid else NOBODY
+        return 0 if number == theirs else NOBODY
 
     def _leave_out(self, path: bytes, why: str) -> None:
         self.tell(path, why)

@@ -91,7 +91,7 @@ def _volumes(asked: argparse.Namespace) -> list[tuple[bytes, int, bool]]:
 
 def _in(asked: argparse.Namespace) -> None:
     writer = Writer(asked.archive, asked.limit)
-    incoming = Incoming(writer, asked.uid, _tell)
+    incoming = Incoming(writer, asked.uid, asked.gid, _tell)
     for name, fd, read_only in _volumes(asked):
         incoming.add(name, fd, read_only)
     writer.finish()

@@ -1,0 +1,77 @@
+"""Carrying back what a machine has changed in its volumes, once its application has ended.
+
+The machine has written an archive before that end was told. The sources are descriptors that its keeper holds, opened
+by the caller when it began, so a daemon that has been restarted since can do it as well; doing it again is fine, and
+the archive is there until it has been done.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from isolat.deadline import Deadline
+from isolat.engine.environment import Environment
+from isolat.engine.journal import log
+from isolat.errors import IsolatError, Lost, StoreError
+from isolat.layers.volumes import source_name
+from isolat.places.base import Facts
+from isolat.places.wired import WiredPlace
+from isolat.volumes import transfer
+
+CARRY_S = 600.0
+
+
+@dataclass(frozen=True)
+class Carried:
+    said: str = ""  # what went otherwise than one would think
+    kept: bool = False  # the archive is there still, and nobody else has what is in it
+
+
+def in_all(*reasons: str) -> str:
+    return "; ".join(reason for reason in reasons if reason)
+
+
+def carries(env: Environment) -> bool:
+    """Whether there is something to be carried back when it ends."""
+    frames = env.handle.frames
+    return bool(frames and frames[0].option("carried")) and (env.directory / transfer.ARCHIVE).exists()
+
+
+def carry_back(env: Environment, facts: Facts) -> Carried:
+    """Never raises what a machine or a volume may be the cause of: how its application ended is true all the same."""
+    if not carries(env):
+        return Carried()
+    archive = env.directory / transfer.ARCHIVE
+    if not transfer.is_finished(archive):
+        return Carried("its volumes are as they were: the machine did not get to hand over what it has changed there")
+    try:
+        left = _carry(env, facts)
+    except (IsolatError, OSError) as error:
+        why = error.message if isinstance(error, IsolatError) else str(error)
+        log(f"{env.name}: its volumes could not be carried back: {why}")
+        said = f"what it has changed in its volumes could not be carried back: {why}; `isolat rm` removes {archive}"
+        return Carried(said, kept=True)
+    archive.unlink()
+    (env.directory / transfer.BASE).unlink(missing_ok=True)
+    if not left:
+        return Carried()
+    return Carried(f"not everything in its volumes could be carried back: {transfer.in_words(left)}")
+
+
+def _carry(env: Environment, facts: Facts) -> list[str]:
+    uid, gid, writable = env.handle.frames[0].option("carried")
+    d = Deadline(CARRY_S)
+    place = WiredPlace(env.live_link, facts)
+    with ExitStack() as opened:
+        volumes = []
+        for n in writable:
+            try:
+                fd = place.fetch(source_name(n), d)
+            except Lost as error:
+                raise StoreError("the keeper that held them open is gone") from error
+            opened.callback(os.close, fd)
+            volumes.append(transfer.Volume(str(n), fd))
+        archive = env.directory / transfer.ARCHIVE
+        return transfer.take_back(archive, volumes, transfer.Owner(uid, gid), env.id[:12], d)
