@@ -87,9 +87,18 @@ def kernel_arguments(m: Machine) -> str:
     wrong one the guest's clock runs wrong, for RDTSC is the host's. ``reboot=t``: a triple fault, which
     ``-no-reboot`` turns into QEMU's end. ``mitigations=off`` only under TCG: translated code does not speculate as
     the guest's kernel fears.
+
+    ``tsc=reliable``: the only other clock that this machine has are its ticks. A busy host makes the kernel's watchdog
+    distrust the counter and count ticks, and then the clock stands still while the machine is parked (seen in 2 of 6
+    clones beside a load of 4).
+
+    ``norandmaps``: QEMU 7.2 finds translated code by its address in the guest. With programs at other addresses each
+    time, every start of one is translated anew (2,200 blocks, 1.2 MiB for ``true``): 25 to 30 ms of CPU time instead
+    of 8 to 12, and after every eighth the whole buffer is full and thrown away. docs/threats.md has what that costs.
     """
-    tsc = (f"tsc_early_khz={m.tsc_khz}", "lpj=4000000") if m.tsc_khz else ()
-    tcg = ("mitigations=off", "nowatchdog", "rcupdate.rcu_cpu_stall_suppress=1") if m.accel == "tcg" else ()
+    tsc = (f"tsc_early_khz={m.tsc_khz}", "tsc=reliable", "lpj=4000000") if m.tsc_khz else ()
+    slow = ("mitigations=off", "norandmaps", "nowatchdog", "rcupdate.rcu_cpu_stall_suppress=1")
+    tcg = slow if m.accel == "tcg" else ()
     always = ("console=ttyS0", "quiet", "panic=-1", "reboot=t", "no_timer_check")
     return " ".join((*always, *tsc, *tcg, *m.kernel_arguments))
 

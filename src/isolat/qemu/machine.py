@@ -59,6 +59,7 @@ def _start(
     starting = place.begin(GUEST, command, Io(), d)
     checkpoint()
     try:
+        place.drop((f"{MONITOR}-peer",), d)  # QEMU has it: from now on its end is the end of every dialogue
         with monitor(place, d) as qmp:
             mark("machine-monitor")
             if load is not None:
