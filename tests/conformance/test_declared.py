@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,9 @@ def _refused(root: Root, spec: dict[str, Any], fds: tuple[int, ...] = ()) -> Non
 def _output(root: Root, spec: dict[str, Any], fds: tuple[int, ...] = ()) -> str:
     conversation, stream, _ = root.run(spec, fds=fds)
     code = stream.ended()
-    conversation.close()
     stream.close()
     assert code == 0, bytes(stream.err)
+    conversation.end()  # by then it is settled: volumes that are no live ones are written
     return stream.out.decode()
 
 
@@ -173,6 +174,27 @@ def test_a_volume_is_seen_and_written_with_the_callers_ownership(
     answer = Path(path) / "answer"
     assert answer.read_text() == "answer\n"
     assert answer.stat().st_uid == os.getuid()
+
+
+@pytest.mark.applies(to=lambda s: s.can.volumes)
+def test_a_volume_is_live_or_copied_as_declared(root: Root, subject: Subject, directory: tuple[str, int]) -> None:
+    """Live: both sides see at once what the other does. Copied: outside sees it at the end, inside never."""
+    path, fd = directory
+    script = "touch /vol/inside; until test -e /vol/outside || test -e /tmp/go; do sleep 0.02; done; ls /vol"
+    conversation, stream, id = root.run(subject.shell(script, volumes=[f"{path}:/vol"]), fds=(fd,))
+    inside = Path(path) / "inside"
+    end = time.monotonic() + (20 if subject.can.volumes_live else 1)
+    while not inside.exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    assert inside.exists() == subject.can.volumes_live
+    (Path(path) / "outside").touch()
+    if not subject.can.volumes_live:
+        root.exec(id, ["touch", "/tmp/go"])
+    assert stream.ended() == 0
+    conversation.end()
+    expected = b"inside\noutside\ntold\n" if subject.can.volumes_live else b"inside\ntold\n"
+    assert bytes(stream.out) == expected
+    assert sorted(entry.name for entry in Path(path).iterdir()) == ["inside", "outside", "told"]
 
 
 @pytest.mark.applies(to=lambda s: s.can.volumes)

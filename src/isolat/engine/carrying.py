@@ -1,12 +1,14 @@
 """Carrying back what a machine has changed in its volumes, once its application has ended.
 
 The machine has written an archive before that end was told. The sources are descriptors that its keeper holds, opened
-by the caller when it began, so a daemon that has been restarted since can do it as well; doing it again is fine, and
-the archive is there until it has been done.
+by the caller when it began, so a daemon that has been restarted since can do it as well. A keeper leaves when its
+application has ended and no daemon is there: then they are opened again, with the caller's rights, where they are still
+the same. Doing it again is fine, and the archive is there until it has been done.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 from isolat.deadline import Deadline
 from isolat.engine.environment import Environment
 from isolat.engine.journal import log
-from isolat.errors import IsolatError, Lost, StoreError
+from isolat.errors import IsolatError, Lost, NotFound
 from isolat.layers.volumes import source_name
 from isolat.places.base import Facts
 from isolat.places.wired import WiredPlace
@@ -67,11 +69,10 @@ def _carry(env: Environment, facts: Facts) -> list[str]:
     with ExitStack() as opened:
         volumes = []
         for n in writable:
-            try:
+            fd = -1
+            with contextlib.suppress(Lost, NotFound):
                 fd = place.fetch(source_name(n), d)
-            except Lost as error:
-                raise StoreError("the keeper that held them open is gone") from error
-            opened.callback(os.close, fd)
-            volumes.append(transfer.Volume(str(n), fd))
+                opened.callback(os.close, fd)
+            volumes.append(transfer.Volume(str(n), fd, path=env.spec.volumes[n].source))
         archive = env.directory / transfer.ARCHIVE
         return transfer.take_back(archive, volumes, transfer.Owner(uid, gid), env.id[:12], d)

@@ -28,19 +28,25 @@ def known(entry: Entry) -> Known:
     return Known(entry.kind, entry.size, entry.mtime_ns, entry.mode, entry.target)
 
 
-def write(fd: int, rows: Iterable[tuple[bytes, Known]]) -> None:
+Sources = dict[str, tuple[int, int]]  # a volume's name to its source's device and inode
+
+
+def write(fd: int, sources: Sources, rows: Iterable[tuple[bytes, Known]]) -> None:
     with os.fdopen(os.dup(fd), "w", encoding="utf-8") as file:
+        json.dump(sources, file)
+        file.write("\n")
         for path, one in rows:
             target = os.fsdecode(one.target)
             json.dump([os.fsdecode(path), one.kind.decode(), one.size, one.mtime_ns, one.mode, target], file)
             file.write("\n")
 
 
-def read(fd: int) -> dict[bytes, Known]:
+def read(fd: int) -> tuple[Sources, dict[bytes, Known]]:
     found: dict[bytes, Known] = {}
     with os.fdopen(os.dup(fd), encoding="utf-8") as file:
         file.seek(0)
+        sources = {name: (device, inode) for name, (device, inode) in json.loads(file.readline()).items()}
         for line in file:
             path, kind, size, mtime_ns, mode, target = json.loads(line)
             found[os.fsencode(path)] = Known(kind.encode(), size, mtime_ns, mode, os.fsencode(target))
-    return found
+    return sources, found

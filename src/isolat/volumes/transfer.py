@@ -26,8 +26,9 @@ _TOLD = 5
 @dataclass(frozen=True)
 class Volume:
     name: str  # in the archive
-    fd: int  # of its source, opened by the caller with O_PATH
+    fd: int  # of its source, opened by the caller with O_PATH; -1: nobody holds it any more
     read_only: bool = False
+    path: str = ""  # where it was: on the way back it is opened again, where it is still the same
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ def _work(
     argv = [sys.executable, "-I", "-S", str(_WORKER), way, *options]
     argv += ["--uid", str(owner.uid), "--gid", str(owner.gid), "--archive", str(archive), "--base", str(base)]
     for volume in volumes:
-        argv += ["--volume", f"{volume.name}:{volume.fd}:{'ro' if volume.read_only else 'rw'}"]
+        open_ = ["--volume", f"{volume.name}:{volume.fd}:{'ro' if volume.read_only else 'rw'}"]
+        argv += open_ if volume.fd >= 0 else ["--reopen", volume.name, volume.path]
     left: list[str] = []
     failed: list[str] = []
 
@@ -105,7 +107,7 @@ def _work(
                 left.append(f"{said['left']}: {said['why']}")
 
     try:
-        fds = [archive, base, *(volume.fd for volume in volumes)]
+        fds = [archive, base, *(volume.fd for volume in volumes if volume.fd >= 0)]
         child.run(argv, f"copying volumes {way}", d, on_line=take, pass_fds=fds)
     except StoreError:
         if failed:

@@ -1,9 +1,9 @@
 """Carry volumes one way, as the caller they are of. A program: ``python -I -S worker.py in|out OPTION…``
 
-It is given open descriptors and opens nothing by path. Before it looks at anything it gives up what it does not need:
-it dies with whoever started it (PR_SET_PDEATHSIG), has no network and no further privileges, and is the caller with
-none of its groups, as the inside of a container is: what the caller may not read is not read for them, and what they
-may not write is not written.
+It is given open descriptors and opens nothing by path, but for what nobody holds open any more. Before it looks at
+anything it gives up what it does not need: it dies with whoever started it (PR_SET_PDEATHSIG), has no network and no
+further privileges, and is the caller with none of its groups, as the inside of a container is: what the caller may not
+read is not read for them, and what they may not write is not written.
 
 It writes lines of JSON: ``{"left": PATH, "why": WHY}`` for each thing that was not carried, ``{"failed": WHY}`` last
 where nothing was.
@@ -63,6 +63,7 @@ def _arguments() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=-1)
     parser.add_argument("--beside", default="")
     parser.add_argument("--volume", action="append", default=[])  # NAME:DESCRIPTOR:ro|rw
+    parser.add_argument("--reopen", action="append", default=[], nargs=2)  # NAME PATH
     return parser.parse_args()
 
 
@@ -97,15 +98,33 @@ def _in(asked: argparse.Namespace) -> None:
     writer.finish()
     if not writer.fits:
         raise Refused(f"they take {_mib(writer.offset)} MiB, and the environment's disk has {_mib(asked.limit)} MiB")
-    base.write(asked.base, incoming.base)
+    base.write(asked.base, {os.fsdecode(name): _identity(fd) for name, fd, _ in _volumes(asked)}, incoming.base)
 
 
 def _out(asked: argparse.Namespace) -> None:
     if not Reader(asked.archive).finished():
         raise Damaged("it is not finished")
+    sources, known = base.read(asked.base)
     volumes = {name: fd for name, fd, _ in _volumes(asked)}
+    volumes |= {os.fsencode(name): _reopened(path, sources[name]) for name, path in asked.reopen}
     beside = os.fsencode(asked.beside)
-    Outgoing(asked.archive, base.read(asked.base), volumes, os.geteuid() == 0, beside, _tell).carry_out()
+    Outgoing(asked.archive, known, volumes, os.geteuid() == 0, beside, _tell).carry_out()
+
+
+def _identity(fd: int) -> tuple[int, int]:
+    st = os.fstat(fd)
+    return st.st_dev, st.st_ino
+
+
+def _reopened(path: str, was: tuple[int, int]) -> int:
+    """The only path that is ever opened, by the caller's rights: and it must lead to what it led to before."""
+    try:
+        fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise Refused(f"{path} can't be opened again: {error.strerror}") from error
+    if _identity(fd) != was:
+        raise Refused(f"{path} is no longer what it was")
+    return fd
 
 
 def _mib(count: int) -> int:

@@ -178,5 +178,5 @@ def test_an_archive_without_its_first_block_changes_nothing(tmp_path: Path) -> N
 def test_the_base_is_read_as_it_was_written(tmp_path: Path) -> None:
     rows = [(b"0/\xff\n", Known(SYMLINK, 0, 5, 0o777, b"\xfe")), (b"0", Known(DIRECTORY, mode=0o755))]
     with (tmp_path / "base").open("w+b") as file:
-        base.write(file.fileno(), rows)
-        assert base.read(file.fileno()) == dict(rows)
+        base.write(file.fileno(), {"0": (5, 1 << 40)}, rows)
+        assert base.read(file.fileno()) == ({"0": (5, 1 << 40)}, dict(rows))

@@ -153,6 +153,32 @@ def test_several_names_of_one_file_stay_that(trip: Trip) -> None:
     assert len({path.stat().st_ino for path in names}) == 1
 
 
+def test_a_source_that_nobody_holds_is_opened_again_while_it_is_the_same(trip: Trip) -> None:
+    trip.there()
+    (trip.inside / "new").write_text("new")
+    trip.pack()
+    moved = trip.outside.with_name("moved")
+    trip.outside.rename(moved)
+    volumes = [Volume("0", -1, path=str(trip.outside))]
+
+    def carry() -> list[str]:
+        return transfer.take_back(trip.archive, volumes, trip.owner, "test", Deadline(30))
+
+    with pytest.raises(StoreError, match="can't be opened again: No such file"):
+        carry()
+    trip.outside.symlink_to(moved)
+    with pytest.raises(StoreError, match="is no longer what it was"):
+        carry()
+    trip.outside.unlink()
+    trip.outside.mkdir()
+    with pytest.raises(StoreError, match="is no longer what it was"):
+        carry()
+    trip.outside.rmdir()
+    moved.rename(trip.outside)
+    assert carry() == []
+    assert (trip.outside / "new").read_text() == "new"
+
+
 def test_large_and_sparse_files(trip: Trip) -> None:
     with (trip.outside / "sparse").open("wb") as file:
         file.write(b"a")
