@@ -35,7 +35,7 @@ from isolat.engine.table import Table
 from isolat.errors import IllegalState, IsolatError, NotFound, Unsupported, UsageError
 from isolat.layers import registry
 from isolat.layers.base import CanSnapshot, Copied, Copy, Frame, State
-from isolat.places.base import Facts, Io, Place
+from isolat.places.base import Facts, Io, Place, Starting
 from isolat.places.wired import WiredPlace
 from isolat.qemu import forks
 from isolat.spec.model import Spec
@@ -85,14 +85,15 @@ class Copying:
             for _ in range(count):
                 made.append(self._prepare(env.handle, layer, frame, name, {}, caller, open_, d))
                 checkpoint()
+            copy = self._copy_in_memory(env, made[0].disk, open_, d)
+            begun = self._begin(made[0], layer, copy, d)  # its QEMU starts while the copy is made
             with env.operation("being copied", Deadline(OPERATION_WAIT_S)):
-                copy = self._copy_in_memory(env, made[0].disk, open_, d)
                 copied = self._take(env, layer, copy, d)
             for child in made[1:]:
                 forks.copy_disk(made[0].disk, child.disk, d)
-            for child in made:
-                with child.env.operation("starting"):
-                    self._start(child, layer, copy, d)
+            for child, following in zip(made, (*made[1:], None), strict=True):
+                this, begun = begun, self._begin(following, layer, copy, d) if following else begun
+                self._finish(child, layer, this, copy, d)
         children = tuple(child.env for child in made)
         self._table.publish("fork", env, children=[child.id for child in children])
         return Forked(children, copied)
@@ -132,8 +133,8 @@ class Copying:
             made.append(child)
             checkpoint()
             copy = self._opened(snapshot, child, open_, d)
-            with child.env.operation("starting"):
-                ours = self._start(child, layer, copy, d, attach=attach, stdin=stdin)
+            begun = self._begin(child, layer, copy, d)
+            ours = self._finish(child, layer, begun, copy, d, attach=attach, stdin=stdin)
         return child.env, ours
 
     # taking copies
@@ -208,6 +209,7 @@ class Copying:
         service |= {"container_name": name} if name else {}
         service |= wanted
         env, planned = self._maker.prepare(parse(service), service, caller, then.digest, d)
+        open_.enter_context(env.operation("starting"))
         try:
             planned = replace(planned, frame=_of_base(layer.going_on(frame, planned.frame), base))
             env.save(frames=(planned.frame,))
@@ -218,17 +220,9 @@ class Copying:
         open_.callback(os.close, disk)
         return _Child(env, planned, disk)
 
-    def _start(
-        self,
-        child: _Child,
-        layer: CanSnapshot,
-        copy: Copy,
-        d: Deadline,
-        *,
-        attach: bool = False,
-        stdin: bool = False,
-    ) -> socket.socket | None:
-        env, plan, frame = child.env, child.planned.plan, child.planned.frame
+    def _begin(self, child: _Child, layer: CanSnapshot, copy: Copy, d: Deadline) -> Starting:
+        """Its keeper, and what waits for the copy."""
+        env, plan = child.env, child.planned.plan
         env.link = self._keepers.start(env.directory, env.name, d)
         self._supervisor.watch(env)
         checkpoint()
@@ -242,9 +236,24 @@ class Copying:
         finally:
             os.close(state)
         checkpoint()
+        return layer.begin(child.planned.frame, place, d)
+
+    def _finish(
+        self,
+        child: _Child,
+        layer: CanSnapshot,
+        begun: Starting,
+        copy: Copy,
+        d: Deadline,
+        *,
+        attach: bool = False,
+        stdin: bool = False,
+    ) -> socket.socket | None:
+        env, frame = child.env, child.planned.frame
+        place: Place = WiredPlace(env.live_link, self._facts)
         ours = adopt(place, frame.main_key, stdin, d) if attach else None
         try:
-            layer.restore(frame, place, copy, _io(env.spec), d)
+            layer.restore(frame, place, begun, copy, _io(env.spec), d)
         except BaseException:
             if ours is not None:
                 ours.close()

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from isolat.deadline import Deadline
 from isolat.errors import DeadlineExceeded, IsolatError, Lost
-from isolat.places.base import Command, Exit, Facts, Io, Needs, Place, Proc
+from isolat.places.base import Command, Exit, Facts, Io, Needs, Place, Proc, Starting
 from isolat.places.steps import Step
 from isolat.spec.model import Spec
 
@@ -324,8 +324,11 @@ class CanSnapshot(Protocol):
     def go_on(self, frame: Frame, place: Place, d: Deadline) -> None:
         """Let a machine go on whose copying was broken off by the end of who copied it."""
 
-    def restore(self, frame: Frame, place: Place, copy: Copy, io: Io, d: Deadline) -> Proc | None:
-        """``start`` from a copy; what the frame's descriptors are is held. ``Copy.delta`` may be -1: no difference."""
+    def begin(self, frame: Frame, place: Place, d: Deadline) -> Starting:
+        """Start what waits to become a copy, before or while that is made. Everything that it needs is held."""
+
+    def restore(self, frame: Frame, place: Place, starting: Starting, copy: Copy, io: Io, d: Deadline) -> Proc | None:
+        """Let what was begun go on as the copy. ``Copy.delta`` may be -1: there is no difference."""
 
 
 @runtime_checkable

@@ -18,7 +18,7 @@ from typing import Any
 from isolat.deadline import Deadline
 from isolat.errors import InternalError, Lost, Unsupported
 from isolat.layers.base import GUEST, Copied, Copy, Frame
-from isolat.places.base import Identity, Io, Place, Proc
+from isolat.places.base import Identity, Io, Place, Proc, Starting
 from isolat.places.steps import Step
 from isolat.qemu import argv, dialogue, forks, machine, memory
 from isolat.qemu.qmp import Qmp
@@ -86,9 +86,16 @@ def go_on(place: Place, d: Deadline) -> None:
             dialogue.cont(qmp, d)
 
 
+def begin(frame: Frame, place: Place, d: Deadline) -> Starting:
+    if frame.guest is None:
+        raise InternalError("a copy has no command")
+    return machine.begin(place, frame.guest, d)
+
+
 def restore(
     frame: Frame,
     place: Place,
+    starting: Starting,
     disks: Mapping[str, tuple[str, bool]],
     copy: Copy,
     identity: Identity,
@@ -96,14 +103,15 @@ def restore(
     io: Io,
     d: Deadline,
 ) -> Proc | None:
-    """Start a machine that is this copy, and bind its application to its keeper."""
-    if frame.guest is None or frame.main is None:
-        raise InternalError("a copy has no command")
-    machine.restore(place, frame.guest, disks, lambda qmp: _load(place, qmp, copy, d), d)
+    """Make the machine that was begun this copy, and bind its application to its keeper."""
+    if frame.main is None:
+        raise InternalError("a copy has no application")
+    machine.restore(place, starting, disks, lambda qmp: _load(place, qmp, copy, d), d)
     inside = place.inside(GUEST, place.facts)
     inside.resume(identity, d)
-    inside.carry_out(names, d)
     mark("machine-resumed")
+    inside.carry_out(names, d)
+    mark("machine-named")
     return place.spawn(frame.main_key, frame.main, replace(io, main=True), d)
 
 

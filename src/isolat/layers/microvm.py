@@ -53,7 +53,7 @@ from isolat.layers.base import (
     Source,
     TemplatePlan,
 )
-from isolat.places.base import CgroupFacts, CgroupMode, Command, Exit, Facts, Identity, Io, Needs, Place, Proc
+from isolat.places.base import CgroupFacts, CgroupMode, Command, Exit, Facts, Identity, Io, Needs, Place, Proc, Starting
 from isolat.places.rooted import RootedPlace
 from isolat.places.steps import (
     MS_BIND,
@@ -218,10 +218,13 @@ class MicrovmLayer(Layer):
     def go_on(self, frame: Frame, place: Place, d: Deadline) -> None:
         copies.go_on(place, d)
 
-    def restore(self, frame: Frame, place: Place, copy: Copy, io: Io, d: Deadline) -> Proc | None:
+    def begin(self, frame: Frame, place: Place, d: Deadline) -> Starting:
+        return copies.begin(frame, place, d)
+
+    def restore(self, frame: Frame, place: Place, starting: Starting, copy: Copy, io: Io, d: Deadline) -> Proc | None:
         disks = {"vda": ("image", True), "vdb": ("disk", False)}
         names = tuple(_below_root(step) for step in frame.inside if _is_name(step))
-        return copies.restore(frame, place, disks, copy, _identity(frame, ()), names, io, d)
+        return copies.restore(frame, place, starting, disks, copy, _identity(frame, ()), names, io, d)
 
     # the end
 

@@ -15,7 +15,7 @@ from isolat.checkpoint import checkpoint
 from isolat.deadline import Deadline
 from isolat.errors import IsolatError
 from isolat.layers.base import GUEST
-from isolat.places.base import Command, Io, Place
+from isolat.places.base import Command, Io, Place, Starting
 from isolat.qemu import dialogue
 from isolat.qemu.qmp import Qmp
 from isolat.trace import mark
@@ -40,23 +40,27 @@ def boot(place: Place, command: Command, disks: Mapping[str, tuple[str, bool]], 
 
     ``disks``: device to (name of the held descriptor, read-only).
     """
-    _start(place, command, disks, None, d)
+    _start(place, begin(place, command, d), disks, None, d)
 
 
 def clone(place: Place, command: Command, disks: Mapping[str, tuple[str, bool]], d: Deadline) -> None:
     """Start a machine with a template's state, and wait for its agent."""
-    _start(place, command, disks, lambda qmp: dialogue.load(qmp, STATE_DESCRIPTOR, d), d)
+    _start(place, begin(place, command, d), disks, lambda qmp: dialogue.load(qmp, STATE_DESCRIPTOR, d), d)
 
 
-def restore(place: Place, command: Command, disks: Mapping[str, tuple[str, bool]], load: Load, d: Deadline) -> None:
-    """Start a machine that ``load`` gives its state, and wait for its agent."""
-    _start(place, command, disks, load, d)
+def begin(place: Place, command: Command, d: Deadline) -> Starting:
+    """Start QEMU, and don't wait for it."""
+    return place.begin(GUEST, command, Io(), d)
+
+
+def restore(place: Place, starting: Starting, disks: Mapping[str, tuple[str, bool]], load: Load, d: Deadline) -> None:
+    """Let ``load`` give its state to a machine that was begun, and wait for its agent."""
+    _start(place, starting, disks, load, d)
 
 
 def _start(
-    place: Place, command: Command, disks: Mapping[str, tuple[str, bool]], load: Load | None, d: Deadline
+    place: Place, starting: Starting, disks: Mapping[str, tuple[str, bool]], load: Load | None, d: Deadline
 ) -> None:
-    starting = place.begin(GUEST, command, Io(), d)
     checkpoint()
     try:
         place.drop((f"{MONITOR}-peer",), d)  # QEMU has it: from now on its end is the end of every dialogue
