@@ -122,6 +122,14 @@ def test_several_volumes_one_in_the_other_and_behind_a_link_of_the_image(root: R
     assert (directory / "b" / "new").read_text() == "2\n"
 
 
+def test_what_can_not_be_copied_is_said(root: Root, directory: Path) -> None:
+    os.mkfifo(directory / "fifo")
+    os.mknod(directory / "null", 0o666 | 0o020000, os.makedev(1, 3))
+    done = _cli(root, "run", "--rm", *LAYER, "-v", f"{directory}:/v:ro", "debian", "ls", "/v")
+    assert (done.returncode, done.stdout) == (0, b"fifo\n")
+    assert b"could be copied in: 0/null: a device or a socket" in done.stderr
+
+
 def test_set_user_id_is_powerless_in_a_volume(root: Root, directory: Path) -> None:
     shutil.copy("/usr/bin/id", directory / "id")
     (directory / "id").chmod(0o4755)
@@ -195,6 +203,35 @@ def test_it_ends_while_no_daemon_lives(fresh_root: Root, directory: Path) -> Non
     assert not root.ask("inspect", {"env": id})["reason"]
     assert (directory / "out").read_text() == "back\n"
     _cli(root, "rm", id)
+
+
+def test_a_daemon_killed_while_it_carries_back_leaves_that_to_the_next(fresh_root: Root, directory: Path) -> None:
+    root = fresh_root
+    n = 0
+    while n < 40:
+        n += 1
+        root.start_daemon()
+        for path in directory.iterdir():
+            path.unlink()
+        (directory / "gone").touch()
+        id = _started(root, f"{directory}:/v", "rm /v/gone; echo back > /v/out")
+        root.kill_daemon()
+        root.start_daemon(ISOLAT_KILL_AT=str(n))
+        done = _cli(root, "stop", "-t", "1", id)
+        lived = root.daemon_pid() is not None
+        root.ensure_daemon()
+        if not lived:  # whatever it had done of that
+            _cli(root, "stop", "-t", "1", id)
+        found = root.until_state(id, "exited")
+        assert [path.name for path in directory.iterdir()] == ["out"], (n, done.stderr)
+        assert not found["reason"]
+        assert not (root.path / "envs" / id / "volumes.tar").exists()
+        _cli(root, "rm", id)
+        root.kill_daemon()
+        if lived and done.returncode == 0:
+            break
+    assert 3 < n < 40
+    root.start_daemon()
 
 
 def test_stop_gives_time_to_hand_over_and_kills_only_the_application(root: Root, directory: Path) -> None:

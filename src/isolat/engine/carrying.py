@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+from isolat.checkpoint import checkpoint
 from isolat.deadline import Deadline
 from isolat.engine.environment import Environment
 from isolat.engine.journal import log
@@ -35,6 +37,10 @@ def in_all(*reasons: str) -> str:
     return "; ".join(reason for reason in reasons if reason)
 
 
+def left_out(left: Sequence[str]) -> str:
+    return f"not everything in its volumes could be copied in: {transfer.in_words(left)}" if left else ""
+
+
 def carries(env: Environment) -> bool:
     """Whether there is something to be carried back when it ends."""
     frames = env.handle.frames
@@ -48,6 +54,7 @@ def carry_back(env: Environment, facts: Facts) -> Carried:
     archive = env.directory / transfer.ARCHIVE
     if not transfer.is_finished(archive):
         return Carried("its volumes are as they were: the machine did not get to hand over what it has changed there")
+    checkpoint()
     try:
         left = _carry(env, facts)
     except (IsolatError, OSError) as error:
@@ -55,7 +62,9 @@ def carry_back(env: Environment, facts: Facts) -> Carried:
         log(f"{env.name}: its volumes could not be carried back: {why}")
         said = f"what it has changed in its volumes could not be carried back: {why}; `isolat rm` removes {archive}"
         return Carried(said, kept=True)
+    checkpoint()
     archive.unlink()
+    checkpoint()
     (env.directory / transfer.BASE).unlink(missing_ok=True)
     if not left:
         return Carried()

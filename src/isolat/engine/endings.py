@@ -57,7 +57,7 @@ class Endings:
         env.save(
             state=State.EXITED if exit is not None else State.LOST,
             exit=exit,
-            reason=in_all(reason or env.stop_reason or guest_death(env, exit), carried.said),
+            reason=in_all(reason or env.stop_reason or guest_death(env, exit), env.remark, carried.said),
             remove=handle.remove and not carried.kept,
             started_ns=handle.started_ns or (exit.started_ns if exit else 0),
         )

@@ -32,6 +32,7 @@ class Environment:
         self.gone = threading.Event()  # removed, nothing left
         self.forced = False  # a stop had to kill it
         self.stop_reason = ""  # why the engine itself ended it
+        self.remark = ""  # what else is to be said when it has ended
         self._condition = threading.Condition()
         self._operation = ""
         if not handle.state.alive:

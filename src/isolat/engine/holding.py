@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from isolat.deadline import Deadline
-from isolat.engine.journal import log
 from isolat.errors import InternalError, StoreError
 from isolat.guest.blank import blank, copy_sparse
 from isolat.layers.base import Descriptor, Shares, Source, TemplatePlan
@@ -39,19 +38,23 @@ class Holding:
         d: Deadline,
         but: Collection[str] = (),
         given: Sequence[int] = (),
-    ) -> None:
+    ) -> list[str]:
         """Open these and let the place hold them, without those whose names are in ``but``.
 
-        ``given``: the sources of the volumes, which the caller has opened.
+        ``given``: the sources of the volumes, which the caller has opened. What of them was left out, in words.
         Raises StoreError when a file can't be opened or made.
         """
         wanted = [descriptor for descriptor in descriptors if descriptor.name not in but]
         with ExitStack() as ours:
             found: dict[str, int] = {}
+            left: list[str] = []
             for descriptor in wanted:
+                if descriptor.shares is not None:
+                    left += _archive(descriptor, descriptor.shares, given, d)
                 found.update(self._open(descriptor, template, given, ours, d))
             if found:
                 place.hold(found, d)
+        return left
 
     def _open(
         self,
@@ -78,8 +81,6 @@ class Holding:
             # A description of its own: every clone reads it from the beginning.
             fd = os.open(f"/proc/self/fd/{state}", os.O_RDONLY | os.O_CLOEXEC)
         else:
-            if descriptor.shares is not None:
-                _archive(descriptor, descriptor.shares, given, d)
             fd = self._file(descriptor, d)
         ours.callback(os.close, fd)
         return {name: fd}
@@ -99,13 +100,11 @@ class Holding:
             raise StoreError(f"{descriptor.path or descriptor.name} can't be opened: {error.strerror}") from error
 
 
-def _archive(descriptor: Descriptor, shares: Shares, given: Sequence[int], d: Deadline) -> None:
+def _archive(descriptor: Descriptor, shares: Shares, given: Sequence[int], d: Deadline) -> list[str]:
     found = zip(given, shares.read_only, strict=True)
     volumes = [transfer.Volume(str(n), fd, read_only) for n, (fd, read_only) in enumerate(found)]
     owner = transfer.Owner(shares.uid, shares.gid)
-    left = transfer.bring_in(Path(descriptor.path), volumes, owner, descriptor.size_bytes, d)
-    if left:
-        log(f"{descriptor.path}: not copied in: {transfer.in_words(left)}")
+    return transfer.bring_in(Path(descriptor.path), volumes, owner, descriptor.size_bytes, d)
 
 
 def _memory(name: str, size_bytes: int) -> int:

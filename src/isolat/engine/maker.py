@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from isolat.checkpoint import checkpoint
 from isolat.deadline import Deadline
 from isolat.engine import admission
+from isolat.engine.carrying import left_out
 from isolat.engine.creation import (
     Planned,
     Request,
@@ -379,9 +380,10 @@ class Maker:
             given = descriptors if depth == 0 else ()
             if ready is None:
                 place.carry_out(plan.steps, d, given)
-                self._holding.provide(plan.descriptors, plan.template, place, d, given=given)
+                left = self._holding.provide(plan.descriptors, plan.template, place, d, given=given)
             else:
-                self._holding.provide(_from_caller(plan.descriptors), None, place, d, given=given)
+                left = self._holding.provide(_from_caller(plan.descriptors), None, place, d, given=given)
+            env.remark = env.remark or left_out(left)
             mark("steps-carried-out")
             last = depth == len(planned) - 1
             if last and attach:
