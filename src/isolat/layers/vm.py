@@ -42,7 +42,7 @@ from isolat.trace import mark
 
 MEMORY_MIN_BYTES = 128 << 20
 DISK_MIN_BYTES = 512 << 20  # the kernel with all its modules is 0.1 GiB of it
-OFF_S = 8.0  # switching off takes 2 to 4 s under emulation; engine.stop gives 10 s more than the application's grace
+OFF_MOST_S = 25.0  # switching off takes 2 to 5 s under emulation; less than what the engine's own settling waits
 KILL_S = 1.0
 GRACE_S = 60.0  # for the keeper: longer than any stop takes from the application's end on
 OFF = ("systemctl", "poweroff", "--no-block", "--no-wall")
@@ -102,7 +102,7 @@ class VmLayer(Layer):
     def stop(self, frame: Frame, place: Place, grace_s: float, d: Deadline) -> Exit:
         """Ask the application (SIGTERM), wait ``grace_s``, switch the machine off; what does not end is killed.
 
-        ``forced`` where either had to be killed. The machine outlives its application by GRACE_S at most.
+        The machine has what the application has left of ``d``. ``forced`` where either had to be killed.
         """
         with contextlib.suppress(IsolatError):
             place.signal(frame.main_key, signal.SIGTERM, d)
@@ -121,7 +121,7 @@ class VmLayer(Layer):
         seconds, and not in every image.
         """
         env = frame.main.env if frame.main else ()
-        d = d.sooner(OFF_S)
+        d = d.sooner(max(0.0, (d.left_s(OFF_MOST_S + KILL_S) or 0.0) - KILL_S))
         try:
             place.inside(GUEST, place.facts).spawn("off", Command(OFF, env), Io(), d)
             place.wait(GUEST, d)
