@@ -21,7 +21,7 @@ from typing import Any
 
 from isolat.checkpoint import checkpoint
 from isolat.deadline import Deadline
-from isolat.engine import states
+from isolat.engine import admission, states
 from isolat.engine.creation import Planned
 from isolat.engine.environment import Environment
 from isolat.engine.handle import Handle
@@ -32,7 +32,7 @@ from isolat.engine.snapshots import DISK, STATE, Snapshot, Snapshots, load_memor
 from isolat.engine.states import Verb
 from isolat.engine.supervisor import OPERATION_WAIT_S, Supervisor
 from isolat.engine.table import Table
-from isolat.errors import IllegalState, IsolatError, NotFound, Unsupported, UsageError
+from isolat.errors import IllegalState, IsolatError, NotFound, Refused, Unsupported, UsageError
 from isolat.layers import registry
 from isolat.layers.base import CanSnapshot, Copied, Copy, Frame, State
 from isolat.places.base import Facts, Io, Place, Starting
@@ -86,14 +86,15 @@ class Copying:
                 made.append(self._prepare(env.handle, layer, frame, name, {}, caller, open_, d))
                 checkpoint()
             copy = self._copy_in_memory(env, made[0].disk, open_, d)
-            begun = self._begin(made[0], layer, copy, d)  # its QEMU starts while the copy is made
+            begun = self._begin(made[0], layer, copy)  # its QEMU starts while the copy is made
             with env.operation("being copied", Deadline(OPERATION_WAIT_S)):
                 copied = self._take(env, layer, copy, d)
+            _check_memory(count * copied.own_bytes)
             for child in made[1:]:
-                forks.copy_disk(made[0].disk, child.disk, d)
+                forks.copy_disk(made[0].disk, child.disk, Deadline(START_S))
             for child, following in zip(made, (*made[1:], None), strict=True):
-                this, begun = begun, self._begin(following, layer, copy, d) if following else begun
-                self._finish(child, layer, this, copy, d)
+                this, begun = begun, self._begin(following, layer, copy) if following else begun
+                self._finish(child, layer, this, copy)
         children = tuple(child.env for child in made)
         self._table.publish("fork", env, children=[child.id for child in children])
         return Forked(children, copied)
@@ -133,8 +134,8 @@ class Copying:
             made.append(child)
             checkpoint()
             copy = self._opened(snapshot, child, open_, d)
-            begun = self._begin(child, layer, copy, d)
-            ours = self._finish(child, layer, begun, copy, d, attach=attach, stdin=stdin)
+            begun = self._begin(child, layer, copy)
+            ours = self._finish(child, layer, begun, copy, attach=attach, stdin=stdin)
         return child.env, ours
 
     # taking copies
@@ -220,9 +221,9 @@ class Copying:
         open_.callback(os.close, disk)
         return _Child(env, planned, disk)
 
-    def _begin(self, child: _Child, layer: CanSnapshot, copy: Copy, d: Deadline) -> Starting:
+    def _begin(self, child: _Child, layer: CanSnapshot, copy: Copy) -> Starting:
         """Its keeper, and what waits for the copy."""
-        env, plan = child.env, child.planned.plan
+        env, plan, d = child.env, child.planned.plan, Deadline(START_S)
         env.link = self._keepers.start(env.directory, env.name, d)
         self._supervisor.watch(env)
         checkpoint()
@@ -244,12 +245,11 @@ class Copying:
         layer: CanSnapshot,
         begun: Starting,
         copy: Copy,
-        d: Deadline,
         *,
         attach: bool = False,
         stdin: bool = False,
     ) -> socket.socket | None:
-        env, frame = child.env, child.planned.frame
+        env, frame, d = child.env, child.planned.frame, Deadline(START_S)
         place: Place = WiredPlace(env.live_link, self._facts)
         ours = adopt(place, frame.main_key, stdin, d) if attach else None
         try:
@@ -292,6 +292,16 @@ class Copying:
             for child in made:
                 self._maker.undo(child.env)
             raise
+
+
+def _check_memory(wanted_bytes: int) -> None:
+    """What children have of their own is theirs from the beginning."""
+    free = admission.memory_available_bytes() - admission.MEMORY_RESERVE_BYTES
+    if wanted_bytes > free:
+        raise Refused(
+            f"the children would take {wanted_bytes >> 20} MiB of memory, and {max(0, free) >> 20} MiB are free",
+            hint="make fewer of them, or fork before so much is written",
+        )
 
 
 def _of_base(frame: Frame, base: str) -> Frame:

@@ -122,8 +122,21 @@ class Snapshots:
 
     @contextlib.contextmanager
     def making(self, name: str, handle: Handle) -> Iterator[Unfinished]:
-        """One that is there under its name when the block ends well, and else is nowhere."""
+        """One that is there under its name when the block ends well, and else is nowhere.
+
+        Raises StoreError where the disk is full, or fails.
+        """
         self.check_name(name)
+        try:
+            with self._making(name, handle) as one:
+                yield one
+        except OSError as error:
+            raise StoreError(
+                f"the snapshot {name} can't be written: {error.strerror}", errno=error.errno or 0
+            ) from error
+
+    @contextlib.contextmanager
+    def _making(self, name: str, handle: Handle) -> Iterator[Unfinished]:
         self._dir.mkdir(mode=0o700, exist_ok=True)
         directory = self._dir / f"{_UNFINISHED}{new_id()}"
         directory.mkdir(mode=0o700)
