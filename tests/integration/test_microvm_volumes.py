@@ -261,6 +261,33 @@ def test_what_stands_in_the_way_is_said_and_the_rest_comes_back(root: Root, dire
     assert "not everything in its volumes could be carried back: 0/d:" in root.ask("inspect", {"env": id})["reason"]
 
 
+def test_with_a_full_file_system_nothing_is_forgotten(root: Root, directory: Path) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "volume", str(directory)], check=True)
+    try:
+        words = (
+            "run",
+            "--rm",
+            *LAYER,
+            "-v",
+            f"{directory}:/v",
+            "debian",
+            "sh",
+            "-c",
+            "head -c 2000000 /dev/zero | tr '\\0' x > /v/big",
+        )
+        done = _cli(root, *words)
+        assert done.returncode == 0
+        assert b"could not be carried back: No space left on device" in done.stderr
+        (env,) = root.environments()
+        archive = root.path / "envs" / env["id"] / "volumes.tar"
+        members = subprocess.run(["tar", "-tf", archive], capture_output=True, check=True).stdout
+        assert b"0/big" in members
+        assert root.ask("inspect", {"env": env["id"]})["state"] == "exited"
+        assert [path.name for path in directory.iterdir()] == []
+    finally:
+        subprocess.run(["umount", str(directory)], check=True)
+
+
 def test_what_a_background_process_still_does_is_over(root: Root, directory: Path) -> None:
     script = "(while :; do date +%N > /v/tmp; mv /v/tmp /v/out; done) & sleep 0.5"
     _run(root, f"{directory}:/v", script)

@@ -63,12 +63,14 @@ def carry_back(env: Environment, facts: Facts) -> Carried:
         said = f"what it has changed in its volumes could not be carried back: {why}; `isolat rm` removes {archive}"
         return Carried(said, kept=True)
     checkpoint()
-    archive.unlink()
-    checkpoint()
-    (env.directory / transfer.BASE).unlink(missing_ok=True)
+    if not left or env.handle.remove:
+        archive.unlink()
+        checkpoint()
+        (env.directory / transfer.BASE).unlink(missing_ok=True)
     if not left:
         return Carried()
-    return Carried(f"not everything in its volumes could be carried back: {transfer.in_words(left)}")
+    where = "" if env.handle.remove else f"; all of it is in {archive} until `isolat rm`"
+    return Carried(f"not everything in its volumes could be carried back: {transfer.in_words(left)}{where}")
 
 
 def _carry(env: Environment, facts: Facts) -> list[str]:

@@ -7,6 +7,7 @@ through no symbolic link; nothing becomes set-user-ID; there are no devices. Wha
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +21,9 @@ _MODES = 0o1777
 _PLACE = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _TYPES = {FILE: stat.S_IFREG, LINK: stat.S_IFREG, DIRECTORY: stat.S_IFDIR, SYMLINK: stat.S_IFLNK, FIFO: stat.S_IFIFO}
+
+# Not one file's matter: no more can be done, and what is left to do must not be forgotten.
+_OF_THE_WHOLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENOMEM})
 
 Tell = Callable[[bytes, str], None]
 
@@ -41,7 +45,10 @@ class Outgoing:
     _rewritten: set[bytes] = field(default_factory=set)
 
     def carry_out(self) -> None:
-        """Raises Damaged, before anything is changed, for what is no whole archive of a machine."""
+        """Raises Damaged, before anything is changed, for what is no whole archive of a machine.
+
+        Raises OSError in the middle where there is no room for more, or the volume can't be written at all.
+        """
         reader = Reader(self.archive)
         if not reader.finished():
             raise Damaged("it is not finished")
@@ -55,6 +62,8 @@ class Outgoing:
         try:
             what()
         except (OSError, InTheWay) as error:
+            if getattr(error, "errno", 0) in _OF_THE_WHOLE:
+                raise
             self.tell(path, getattr(error, "strerror", None) or str(error))
 
     # what is gone
