@@ -167,3 +167,11 @@ def test_a_panic_is_told_with_the_consoles_last_words(root: Root) -> None:
     assert "Kernel panic - not syncing: sysrq" in told["reason"], told
     stream.close()
     assert root.exec(other, ["true"]).ended() == 0
+
+
+def test_with_its_image_the_disks_made_from_it_go(machines_root: Root) -> None:
+    disks = machines_root.path / "disks"
+    assert list(disks.glob("*.disk"))
+    machines_root.ok("rmi", SYSTEMD)
+    assert list(disks.glob("*.disk")) == []
+    assert (disks / "kernel").exists()
