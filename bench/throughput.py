@@ -1,7 +1,7 @@
 """How fast bytes pass through a foreground run: 1 GiB into `run -i IMAGE cat` and out again.
 
-In turns: Isolat, Docker, and a plain `cat` between two pipes, which is what the kernel can do at all. Starting is
-included: it is what a user waits for. The bytes that come out are counted.
+In turns: Isolat's containers and microVMs, Docker, and a plain `cat` between two pipes, which is what the kernel can do
+at all. Starting is included: it is what a user waits for. The bytes that come out are counted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from bench import docker, lib, subject
 
-ISOLAT, DOCKER, PLAIN = "isolat run -i", "docker run -i", "cat"
+ISOLAT, MICROVM, DOCKER, PLAIN = "isolat run -i", "microvm", "docker run -i", "cat"
 MB = 1_000_000
 
 
@@ -41,8 +41,10 @@ def measure(options: argparse.Namespace) -> lib.Report:
     report = lib.Report("throughput", versions=subject.versions(), base=PLAIN)
     size = options.mib << 20
     argv = subject.argv("run", "--rm", "-i", options.image, "cat")
+    machine = subject.argv("run", "--rm", "-i", "--layer", "microvm", options.image, "cat")
     samples: dict[str, lib.Sample] = {
         ISOLAT: lambda: through(argv, size),
+        MICROVM: lambda: through(machine, size),
         PLAIN: lambda: through(["cat"], size),
     }
     with contextlib.ExitStack() as stack:
@@ -56,6 +58,7 @@ def measure(options: argparse.Namespace) -> lib.Report:
     report.series = [lib.Series(one.name, one.samples, "MB/s") for one in found]
     if report.has(ISOLAT, DOCKER):
         report.figures[f"{ISOLAT} / {DOCKER}"] = lib.ratio(report, ISOLAT, DOCKER)
+        report.figures[f"{MICROVM} / {DOCKER}"] = lib.ratio(report, MICROVM, DOCKER)
     return report
 
 
