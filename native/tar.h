@@ -37,6 +37,12 @@ bool tar_finish(Tape *t);
 bool tar_mark(Tape *t, const char *name); /* one block: an empty file of this name */
 
 /* volumes.c */
+bool volume_complain(const char *what, const char *path); /* false, with errno's words on stderr */
+bool volume_wrong(const char *what, const char *path, int error);
+bool volume_section(const char *p, size_t n); /* may this be one part of a path? */
 int volumes_main(int argc, char **argv); /* --unpack, --pack, --bind; -1: none of these */
+
+/* bind.c */
+int volume_bind(const char *source, const char *where, const char *target, bool read_only);
 
 #endif

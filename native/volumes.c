@@ -16,42 +16,25 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mount.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
-#include <sys/statvfs.h>
-#include <sys/syscall.h>
 #include <unistd.h>
-
-/* numbers and structs that musl's headers lack */
-#define NR_OPEN_TREE 428
-#define NR_MOVE_MOUNT 429
-#define NR_OPENAT2 437
-#define NR_MOUNT_SETATTR 442
-enum { TREE_CLONE = 1, MOVE_FROM_EMPTY = 4, MOVE_TO_EMPTY = 0x40, RESOLVE_NO_MAGICLINKS = 2, RESOLVE_IN_ROOT = 16 };
-enum { ATTR_RDONLY = 1, ATTR_NOSUID = 2, ATTR_NODEV = 4 };
-struct how {
-    uint64_t flags, mode, resolve;
-};
-struct attributes {
-    uint64_t set, clear, propagation, userns;
-};
 
 #define STAMPS "stamps"
 #define MARKER "isolat-out"
 #define NS 1000000000ll
 enum { SECTION_MAX = 255, GROUP_MS = 5000, BLOCK = 4096, COPY_BYTES = 64 << 10, NODE_BUCKETS = 4096 };
 
-static bool complain(const char *what, const char *path)
+bool volume_complain(const char *what, const char *path)
 {
     dprintf(2, "isolat-agent: %s \"%.250s\": %s\n", what, path, strerror(errno));
     return false;
 }
 
-static bool wrong(const char *what, const char *path, int error)
+bool volume_wrong(const char *what, const char *path, int error)
 {
     errno = error;
-    return complain(what, path);
+    return volume_complain(what, path);
 }
 
 /* below a directory, never through a symbolic link */
@@ -61,7 +44,7 @@ typedef struct {
     char path[TAR_PATH];
 } Tree;
 
-static bool section(const char *p, size_t n)
+bool volume_section(const char *p, size_t n)
 {
     return n && n <= SECTION_MAX && !(p[0] == '.' && (n == 1 || (n == 2 && p[1] == '.')));
 }
@@ -72,7 +55,7 @@ static int down(int fd, const char *path, size_t n)
         char name[SECTION_MAX + 1];
         size_t m = strcspn(at, "/");
         int next = -1, e = EINVAL;
-        if (section(at, m)) {
+        if (volume_section(at, m)) {
             memcpy(name, at, m);
             name[m] = 0;
             next = openat(fd, name, O_PATH | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
@@ -92,7 +75,7 @@ static int parent_of(Tree *t, const char *path, const char **last)
     const char *slash = strrchr(path, '/');
     size_t n = slash ? (size_t)(slash - path) : 0;
     *last = slash ? slash + 1 : path;
-    if (slash == path || !section(*last, strlen(*last))) {
+    if (slash == path || !volume_section(*last, strlen(*last))) {
         errno = EINVAL;
         return -1;
     }
@@ -120,7 +103,9 @@ static bool owned(int result) { return !result || (errno == EPERM && geteuid());
 
 static void times_of(const Entry *e, struct timespec times[2])
 {
-    times[0] = times[1] = (struct timespec){.tv_sec = (time_t)e->mtime_s, .tv_nsec = (long)e->mtime_ns};
+    struct timespec t = {.tv_sec = (time_t)e->mtime_s, .tv_nsec = (long)e->mtime_ns};
+    times[0] = t;
+    times[1] = t;
 }
 
 static bool finish_fd(int fd, unsigned mode, uint32_t uid, uint32_t gid, const struct timespec times[2])
@@ -235,7 +220,7 @@ static bool unpack_one(Tape *t, Tree *tree, Late **late, Entry *e)
         e->path[n - 1] = 0;
     int dir = parent_of(tree, e->path, &name);
     if (dir < 0)
-        return complain("unpacking", e->path);
+        return volume_complain("unpacking", e->path);
     bool fine = false;
     switch (e->type) {
     case '0': fine = make_file(t, e, dir, name); break;
@@ -245,7 +230,7 @@ static bool unpack_one(Tape *t, Tree *tree, Late **late, Entry *e)
     case '6': fine = make_node(e, dir, name); break;
     default: errno = EINVAL;
     }
-    return fine || complain("unpacking", e->path);
+    return fine || volume_complain("unpacking", e->path);
 }
 
 /* Owners, modes and times of directories, once nothing is put into them any more. */
@@ -257,7 +242,7 @@ static bool finish_directories(Tree *tree, Late *late)
         int fd = dir < 0 ? -1 : openat(dir, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
         bool fine = fd >= 0 && finish_fd(fd, l->mode, l->uid, l->gid, l->times);
         if (!fine)
-            return complain("finishing", l->path);
+            return volume_complain("finishing", l->path);
         close(fd);
     }
     return true;
@@ -275,24 +260,24 @@ static bool walk_into(DIR *d, size_t at, Visit visit)
 {
     for (struct dirent *e; (errno = 0, e = readdir(d));) {
         size_t n = strlen(e->d_name);
-        if (!section(e->d_name, n))
+        if (!volume_section(e->d_name, n))
             continue;
         if (at + n + 2 > TAR_PATH)
-            return wrong("too deep", walked, ENAMETOOLONG);
+            return volume_wrong("too deep", walked, ENAMETOOLONG);
         walked[at] = '/';
         memcpy(walked + at + 1, e->d_name, n + 1);
         if (!walk(dirfd(d), e->d_name, at + 1 + n, visit))
             return false;
         walked[at] = 0;
     }
-    return !errno || complain("reading", walked);
+    return !errno || volume_complain("reading", walked);
 }
 
 static bool walk(int dir, const char *name, size_t at, Visit visit)
 {
     struct stat st;
     if (fstatat(dir, name, &st, AT_SYMLINK_NOFOLLOW))
-        return complain("looking at", walked);
+        return volume_complain("looking at", walked);
     if (!visit(dir, name, &st))
         return false;
     if (!S_ISDIR(st.st_mode))
@@ -300,7 +285,7 @@ static bool walk(int dir, const char *name, size_t at, Visit visit)
     int fd = openat(dir, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
     DIR *d = fd < 0 ? NULL : fdopendir(fd);
     if (!d)
-        return complain("opening", walked);
+        return volume_complain("opening", walked);
     bool fine = walk_into(d, at, visit);
     closedir(d);
     return fine;
@@ -308,8 +293,8 @@ static bool walk(int dir, const char *name, size_t at, Visit visit)
 
 static bool walk_from(int dir, const char *name, Visit visit)
 {
-    if (!section(name, strlen(name)))
-        return wrong("no volume", name, EINVAL);
+    if (!volume_section(name, strlen(name)))
+        return volume_wrong("no volume", name, EINVAL);
     strcpy(walked, name);
     return walk(dir, name, strlen(name), visit);
 }
@@ -367,7 +352,7 @@ static bool stamp_all(int root)
         fine = !fclose(stamping) && fine;
     if (d)
         closedir(d);
-    return fine || complain("stamping", STAMPS);
+    return fine || volume_complain("stamping", STAMPS);
 }
 
 static int by_path(const void *a, const void *b)
@@ -405,14 +390,14 @@ static int unpack(const char *device, const char *directory)
     Late *late = NULL;
     int found = -1;
     if (mkdir_p(directory, 0700) || !tape_open(&t, device, false, 0))
-        return complain("opening", device), 1;
+        return volume_complain("opening", device), 1;
     Tree tree = {.root = open(directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC), .parent = -1};
     umask(0);
     while (tree.root >= 0 && (found = tar_read(&t, &e)) > 0)
         if (!unpack_one(&t, &tree, &late, &e))
             return 1;
     if (found < 0)
-        return complain("this is no whole archive:", device), 1;
+        return volume_complain("this is no whole archive:", device), 1;
     close_fd(&tree.parent);
     return finish_directories(&tree, late) && stamp_all(tree.root) ? 0 : 1;
 }
@@ -473,7 +458,7 @@ static bool pack_file(int dir, const char *name, Entry *e)
     int error = errno;
     close_fd(&fd);
     errno = error;
-    return fine || complain("packing", walked);
+    return fine || volume_complain("packing", walked);
 }
 
 static bool pack_one(int dir, const char *name, const struct stat *st)
@@ -488,7 +473,7 @@ static bool pack_one(int dir, const char *name, const struct stat *st)
     if (other)
         strcpy(e.target, other);
     else if (e.type == '2' && readlinkat(dir, name, e.target, sizeof e.target - 1) < 0)
-        return complain("reading", walked);
+        return volume_complain("reading", walked);
     e.mode = st->st_mode & 07777;
     e.uid = st->st_uid;
     e.gid = st->st_gid;
@@ -498,7 +483,7 @@ static bool pack_one(int dir, const char *name, const struct stat *st)
     e.size = e.type == '0' && !e.same ? (uint64_t)st->st_size : 0;
     if (e.size)
         return pack_file(dir, name, &e);
-    return tar_write(&tape, &e) || complain("packing", walked);
+    return tar_write(&tape, &e) || volume_complain("packing", walked);
 }
 
 static bool first_block(bool marker)
@@ -530,82 +515,13 @@ static int pack(const char *device, const char *directory, uint64_t limit, char 
 {
     int root = open(directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (root < 0 || !tape_open(&tape, device, true, limit) || !first_block(false))
-        return complain("opening", device), 1;
+        return volume_complain("opening", device), 1;
     load_stamps(root);
     for (; *volumes; volumes++)
         if (!walk_from(root, *volumes, pack_one))
             return 1;
     if (!tar_finish(&tape) || !first_block(true) || fsync(tape.fd))
-        return complain("writing", device), 1;
-    return 0;
-}
-
-/* mounting */
-
-static int open_in(int root, const char *path, uint64_t flags)
-{
-    struct how how = {.flags = flags | O_PATH | O_CLOEXEC, .resolve = RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS};
-    return (int)syscall(NR_OPENAT2, root, path, &how, sizeof how);
-}
-
-/* Make what is missing of the path: directories, and at its end a directory or an empty file. */
-static bool make_point(int root, const char *target, bool directory)
-{
-    char so_far[TAR_PATH];
-    int parent = fcntl(root, F_DUPFD_CLOEXEC, 3);
-    for (const char *at = target + strspn(target, "/"); parent >= 0 && *at;) {
-        size_t n = strcspn(at, "/"), end = (size_t)(at - target) + n;
-        const char *next = at + n + strspn(at + n, "/");
-        if (end >= sizeof so_far || !section(at, n))
-            return wrong("mount point", target, EINVAL);
-        memcpy(so_far, target, end);
-        so_far[end] = 0;
-        int fd = open_in(root, so_far, 0);
-        if (fd < 0 && errno == ENOENT) {
-            const char *name = so_far + (at - target);
-            int made = *next || directory ? mkdirat(parent, name, 0755) : mknodat(parent, name, S_IFREG | 0644, 0);
-            fd = made ? -1 : open_in(root, so_far, 0);
-        }
-        close(parent);
-        parent = fd;
-        at = next;
-    }
-    if (parent < 0)
-        return complain("mount point", target);
-    close(parent);
-    return true;
-}
-
-/* A root that is only read becomes writable for as long as it takes. */
-static bool make_point_there(const char *where, int root, const char *target, bool directory)
-{
-    struct statvfs v;
-    bool closed = !statvfs(where, &v) && v.f_flag & ST_RDONLY;
-    if (closed && mount(NULL, where, NULL, MS_REMOUNT, NULL))
-        return complain("opening", where);
-    bool fine = make_point(root, target, directory);
-    if (closed && mount(NULL, where, NULL, MS_REMOUNT | MS_RDONLY, NULL))
-        return complain("closing", where);
-    return fine;
-}
-
-static int bind_at(const char *source, const char *where, const char *target, bool read_only)
-{
-    struct stat st;
-    struct attributes a = {.set = ATTR_NOSUID | ATTR_NODEV | (read_only ? ATTR_RDONLY : 0)};
-    int root = open(where, O_PATH | O_DIRECTORY | O_CLOEXEC);
-    int tree = (int)syscall(NR_OPEN_TREE, AT_FDCWD, source, TREE_CLONE | O_CLOEXEC);
-    if (root < 0 || tree < 0 || fstat(tree, &st))
-        return complain("opening", source), 1;
-    if (syscall(NR_MOUNT_SETATTR, tree, "", AT_EMPTY_PATH, &a, sizeof a))
-        return complain("attributes of", source), 1;
-    int at = open_in(root, target, 0);
-    if (at < 0 && !make_point_there(where, root, target, S_ISDIR(st.st_mode)))
-        return 1;
-    if (at < 0)
-        at = open_in(root, target, 0);
-    if (at < 0 || syscall(NR_MOVE_MOUNT, tree, "", at, "", MOVE_FROM_EMPTY | MOVE_TO_EMPTY))
-        return complain("mounting at", target), 1;
+        return volume_complain("writing", device), 1;
     return 0;
 }
 
@@ -616,7 +532,7 @@ int volumes_main(int argc, char **argv)
     if (!strcmp(how, "--unpack") && argc == 4)
         return unpack(argv[2], argv[3]);
     if (!strcmp(how, "--bind") && argc == 6)
-        return bind_at(argv[2], argv[3], argv[4], !strcmp(argv[5], "ro"));
+        return volume_bind(argv[2], argv[3], argv[4], !strcmp(argv[5], "ro"));
     if (!strcmp(how, "--pack") && argc >= 6) {
         end_group(argv[5]);
         return pack(argv[2], argv[3], strtoull(argv[4], NULL, 10), argv + 6);

@@ -122,7 +122,7 @@ def test_networks_are_as_declared(root: Root, subject: Subject, network: str) ->
     if network not in subject.can.networks:
         _refused(root, spec)
     elif network == "none" and subject.layers[-1].capabilities.machine:
-        # A machine has a card at which nothing is plugged: without a route, and down. A slow system may not know it yet.
+        # A machine has a card at which nothing is plugged: no route, and down. A slow system may not know it yet.
         script = "cat /proc/net/route; cat /sys/class/net/[!l]*/flags 2>/dev/null; true"
         heading, *flags = _output(root, subject.shell(script)).splitlines()
         assert heading.startswith("Iface") and set(flags) <= {"0x1002"}

@@ -163,9 +163,7 @@ def pump(request: connect.Call, relay: Any, stdin: bool, tty: bool) -> tuple[End
         sock.close()
 
 
-def final(
-    root: str, request: connect.Call, remove: bool, ending: Ending, seconds: float = _FINAL_S
-) -> dict[str, Any]:
+def final(root: str, request: connect.Call, remove: bool, ending: Ending, seconds: float = _FINAL_S) -> dict[str, Any]:
     """The daemon's last word: by then the environment is settled, and gone where it was to be removed."""
     request.sock.settimeout(seconds)
     try:

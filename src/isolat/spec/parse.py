@@ -39,6 +39,8 @@ class Key:
     summary: str
 
 
+_ACCELERATORS = {word: word for word in ("auto", "tcg", "kvm")}
+
 KEYS: tuple[Key, ...] = (
     Key("image", "image", values.text(_IMAGE, "an image's name", 512), "the root filesystem; required"),
     Key("runtime", "layers", mounts.LAYERS, "the layer, or a stack of layers from the hardware up"),
@@ -72,7 +74,7 @@ KEYS: tuple[Key, ...] = (
         values.text("[a-zA-Z0-9_/][a-zA-Z0-9_./+-]*", "a program", 255),
         "the OCI runtime of the container layer: crun, runc, or a path",
     ),
-    Key("x-accel", "accel", values.choice({"auto": "auto", "tcg": "tcg", "kvm": "kvm"}), "how a machine's processors run"),
+    Key("x-accel", "accel", values.choice(_ACCELERATORS), "how a machine's processors run"),
     Key("x-kernel", "kernel", values.PATH, "a machine's kernel: a bzImage or vmlinux with its modules beside it"),
 )
 BY_NAME = {key.name: key for key in KEYS}
