@@ -87,7 +87,7 @@ def add(report: lib.Report, mib: int, one: Parent, runs: int) -> None:
     stopped = lib.Series(f"parent stands still, {mib} MiB written", tuple(one.stopped_ms[-runs:]))
     report.series += [stopped, lib.Series(f"whole fork, {mib} MiB written", tuple(one.whole_ms[-runs:]))]
     report.figures[f"own memory of a child, {mib} MiB written, MiB"] = one.own_mib
-    limit = ANSWER_MS + ANSWER_MS_PER_MIB * one.own_mib
+    limit = ANSWER_MS + ANSWER_MS_PER_MIB * mib
     report.promises += [
         lib.Promise(f"{name(mib)}, median", report.of(name(mib)).median, limit, unit=" ms"),
         lib.Promise(f"{stopped.name}, median", stopped.median, STOPPED_MS, unit=" ms"),
