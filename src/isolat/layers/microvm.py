@@ -116,7 +116,7 @@ class MicrovmLayer(Layer):
         kit = machines.kit_of(job, self.name)
         asked = _machine(job, kit)
         templated = _templated(options, kit)
-        guest = _guest(job, kit, replace(asked, incoming=templated), _park_s(options))
+        guest = _guest(job, kit, replace(asked, incoming=templated, share=not templated), _park_s(options))
         template = _template(job, kit, asked, guest) if templated else None
         outer = not job.command
         return Plan(
