@@ -28,9 +28,11 @@ def share_guest(root: Path) -> None:
     target = root / "guest"
     target.mkdir(mode=0o711, exist_ok=True)
     for path in sorted(source.rglob("*")):
+        if "blanks" in path.parts or path.name == "lock":
+            continue  # an empty disk is sparse: it is made anew, not copied
         if path.is_dir():
             (target / path.relative_to(source)).mkdir(mode=0o711, parents=True, exist_ok=True)
-        elif path.name != "lock":
+        else:
             _link(path, target / path.relative_to(source))
 
 
