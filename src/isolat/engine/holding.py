@@ -15,12 +15,12 @@ from isolat.layers.base import Descriptor, Shares, Source, TemplatePlan
 from isolat.places.base import Place
 from isolat.volumes import transfer
 
-Opener = Callable[[TemplatePlan, Deadline], tuple[int, int]]
+Opener = Callable[[TemplatePlan, Deadline], tuple[int, int, Path]]
 Bases = Callable[[Descriptor, Deadline], Path]
 
 
 class Holding:
-    """``template`` gives a template's two descriptors, making it where there is none; they stay its own.
+    """``template`` gives a template's memory, state and disk, making it where there is none; they stay its own.
 
     ``bases`` gives the bootable disk that this one shall be a copy of.
     """
@@ -72,14 +72,17 @@ class Holding:
             ours.enter_context(one)
             ours.enter_context(other)
             return {name: one.fileno(), f"{name}-peer": other.fileno()}
-        if descriptor.source in (Source.TEMPLATE_MEMORY, Source.TEMPLATE_STATE):
+        if descriptor.source in (Source.TEMPLATE_MEMORY, Source.TEMPLATE_STATE, Source.TEMPLATE_DISK):
             if template is None:
                 raise InternalError(f"a plan wants {name} of a template that it does not name")
-            memory, state = self._template(template, d)
+            memory, state, disk = self._template(template, d)
             if descriptor.source is Source.TEMPLATE_MEMORY:
                 return {name: memory}
-            # A description of its own: every clone reads it from the beginning.
-            fd = os.open(f"/proc/self/fd/{state}", os.O_RDONLY | os.O_CLOEXEC)
+            if descriptor.source is Source.TEMPLATE_STATE:
+                # A description of its own: every clone reads it from the beginning.
+                fd = os.open(f"/proc/self/fd/{state}", os.O_RDONLY | os.O_CLOEXEC)
+            else:
+                fd = _copied(disk, descriptor)
         else:
             fd = self._file(descriptor, d)
         ours.callback(os.close, fd)
@@ -98,6 +101,14 @@ class Holding:
             return os.open(descriptor.path, mode | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError as error:
             raise StoreError(f"{descriptor.path or descriptor.name} can't be opened: {error.strerror}") from error
+
+
+def _copied(disk: Path, descriptor: Descriptor) -> int:
+    try:
+        _make_disk(disk, Path(descriptor.path))
+        return os.open(descriptor.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as error:
+        raise StoreError(f"{descriptor.path} can't be opened: {error.strerror}") from error
 
 
 def _archive(descriptor: Descriptor, shares: Shares, given: Sequence[int], d: Deadline) -> list[str]:

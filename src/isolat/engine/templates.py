@@ -3,6 +3,7 @@
 ::
 
     STATE_ROOT/templates/KEY/template.json   what it is; written last, so a template is there whole or not at all
+    STATE_ROOT/templates/KEY/disk.img        its writable disk, as it was when it was saved: clones get copies
     STATE_ROOT/templates/KEY/keeper.*        the keeper that holds its sealed memory and its state
 
 A daemon that is killed leaves them as they are, and the next one fetches them again. A keeper without a daemon lets go
@@ -30,7 +31,7 @@ from isolat.engine.journal import log
 from isolat.engine.keepers import Keepers, quit_keeper
 from isolat.engine.paths import StateRoot
 from isolat.errors import InternalError, IsolatError, NotFound, StoreError
-from isolat.layers.base import Descriptor, TemplatePlan
+from isolat.layers.base import Descriptor, Source, TemplatePlan
 from isolat.linux import cgroup
 from isolat.places.base import Command, Facts
 from isolat.places.link import Link
@@ -40,6 +41,7 @@ from isolat.qemu import machine
 from isolat.trace import mark
 
 RECORD = "template.json"
+DISK = "disk.img"
 KEPT_S = 3600
 BOOT_S = 60.0
 _FIND_S = 5.0
@@ -58,6 +60,7 @@ class Template:
     release: str
     created_ns: int
     used_bytes: int  # what its memory takes of this machine's
+    disk_bytes: int = 0
 
     @property
     def id(self) -> str:
@@ -70,6 +73,7 @@ class _Open:
     link: Link
     memory: int
     state: int
+    disk: Path
 
     def close(self) -> None:
         os.close(self.memory)
@@ -115,8 +119,8 @@ class Templates:
         with self._lock:
             return sorted((one.template for one in self._open.values()), key=lambda found: found.created_ns)
 
-    def open(self, plan: TemplatePlan, d: Deadline) -> tuple[int, int]:
-        """The descriptors of its memory and its state, which stay its own. Makes it where there is none."""
+    def open(self, plan: TemplatePlan, d: Deadline) -> tuple[int, int, Path]:
+        """Its memory, its state and its disk, which stay its own. Makes it where there is none."""
         with self._lock:
             making = self._making.setdefault(plan.key, threading.Lock())
         with making:
@@ -129,7 +133,7 @@ class Templates:
                 found = self._make(plan, d.sooner(BOOT_S))
                 with self._lock:
                     self._open[plan.key] = found
-            return found.memory, found.state
+            return found.memory, found.state, found.disk
 
     def remove(self, ref: str) -> Template:
         """Remove the one whose key begins like this; clones of it go on. Raises NotFound."""
@@ -161,10 +165,10 @@ class Templates:
         steps = self._steps(plan)
         try:
             place.carry_out(steps, d)
-            self._holding.provide(plan.descriptors, None, place, d)
-            machine.save(place, self._command(plan), d)
-            opened = self._opened(plan, place, link, d)
-            place.drop((machine.MONITOR, f"{machine.MONITOR}-peer"), d)
+            self._holding.provide(_placed(plan.descriptors, directory), None, place, d)
+            machine.save(place, self._command(plan), {"vdb": ("disk", False)}, plan.inside, d)
+            opened = self._opened(plan, place, link, directory, d)
+            place.drop((machine.MONITOR, f"{machine.MONITOR}-peer", "disk"), d)
             place.revert(steps, d)
             write_atomically(directory / RECORD, json.dumps(asdict(opened.template)))
         except BaseException:
@@ -177,7 +181,7 @@ class Templates:
         mark("template-made")
         return opened
 
-    def _opened(self, plan: TemplatePlan, place: WiredPlace, link: Link, d: Deadline) -> _Open:
+    def _opened(self, plan: TemplatePlan, place: WiredPlace, link: Link, directory: Path, d: Deadline) -> _Open:
         """Its descriptors, sealed: from now on nobody can change what they hold, not even we."""
         memory, state = place.fetch("ram", d), place.fetch("state", d)
         try:
@@ -188,8 +192,18 @@ class Templates:
             os.close(state)
             raise StoreError(f"a template's memory can't be sealed: {error.strerror}", stage="seal") from error
         used = os.fstat(memory).st_blocks * 512
-        about = (plan.key, plan.memory_bytes, plan.cpus, plan.accel, plan.release, time.time_ns(), used)
-        return _Open(Template(*about), link, memory, state)
+        about = (
+            plan.key,
+            plan.memory_bytes,
+            plan.cpus,
+            plan.accel,
+            plan.release,
+            time.time_ns(),
+            used,
+            plan.disk_bytes,
+        )
+        (directory / DISK).chmod(0o400)
+        return _Open(Template(*about), link, memory, state, directory / DISK)
 
     def _group(self, plan: TemplatePlan) -> str:
         return f"{self._cgroup}/template-{plan.key[:16]}"
@@ -208,7 +222,7 @@ class Templates:
 
     def _find(self, directory: Path) -> _Open | None:
         record = directory / RECORD
-        if not record.exists():
+        if not record.exists() or not (directory / DISK).exists():
             return None
         template = Template(**json.loads(record.read_text(encoding="utf-8")))
         link = self._keepers.find(directory, f"template {template.id}", Deadline(_FIND_S))
@@ -216,7 +230,7 @@ class Templates:
             return None
         place = WiredPlace(lambda _: link, self._facts)
         memory = place.fetch("ram", Deadline(_FIND_S))
-        return _Open(template, link, memory, place.fetch("state", Deadline(_FIND_S)))
+        return _Open(template, link, memory, place.fetch("state", Deadline(_FIND_S)), directory / DISK)
 
     def _lose(self, found: _Open) -> None:
         log(f"the template {found.template.id} is lost: its keeper is gone")
@@ -242,7 +256,15 @@ class Templates:
         return iter(self.all())
 
 
-def _no_template(plan: TemplatePlan, _: Deadline) -> tuple[int, int]:
+def _placed(descriptors: tuple[Descriptor, ...], directory: Path) -> tuple[Descriptor, ...]:
+    """A template's disk lies in its own directory, which its plan can't know."""
+    return tuple(
+        replace(descriptor, path=str(directory / DISK)) if descriptor.source is Source.DISK else descriptor
+        for descriptor in descriptors
+    )
+
+
+def _no_template(plan: TemplatePlan, _: Deadline) -> tuple[int, int, Path]:
     raise InternalError(f"the template {plan.key} is to be made from another one")
 
 

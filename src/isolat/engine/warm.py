@@ -26,6 +26,7 @@ from isolat.engine.journal import log
 from isolat.errors import IsolatError
 
 DEFAULT_MOST = 2
+KINDS_MOST = 8  # so many kinds have machines ready at once; the one that nobody has asked for the longest makes room
 UNUSED_S = 600.0
 MEMORY_FREE_BYTES = 2 << 30  # with less than this available nothing is made in advance
 _PAUSE_S = 0.06  # after one was taken: who took it goes first
@@ -119,12 +120,18 @@ class WarmPool:
         """What is to be done next, if anything; with the lock held."""
         now = time.monotonic()
         for key, kind in list(self._kinds.items()):
-            if now - kind.asked_s > UNUSED_S:
+            if now - kind.asked_s > UNUSED_S or kind is self._oldest():
                 del self._kinds[key]
                 return partial(self._undo_all, kind)
             if len(kind.ready) < self._most and kind.not_before_s <= now:
                 return partial(self._make, key, kind)
         return None
+
+    def _oldest(self) -> _Kind | None:
+        """The kind that has to go because there are too many; with the lock held."""
+        if len(self._kinds) <= KINDS_MOST:
+            return None
+        return min(self._kinds.values(), key=lambda kind: kind.asked_s)
 
     def _undo_all(self, kind: _Kind) -> None:
         for env in kind.ready:

@@ -139,6 +139,7 @@ class Source(StrEnum):
     GIVEN = "given"  # one that came with the request, opened by the caller
     TEMPLATE_MEMORY = "template-memory"  # what a template keeps
     TEMPLATE_STATE = "template-state"
+    TEMPLATE_DISK = "template-disk"  # a copy, at this path, of the disk that it had when it was saved
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,8 @@ class TemplatePlan:
     cpus: int
     accel: str
     release: str
+    disk_bytes: int = 0
+    inside: tuple[Step, ...] = ()  # carried out in it before it is saved: what every clone would do first
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import signal
 from collections.abc import Mapping
 from dataclasses import replace
@@ -85,6 +86,7 @@ _KILL_S = 5.0
 _STOP_S = 600.0
 EXERCISES = 3
 _SYSTEM = MS_NOSUID | MS_NOEXEC | MS_NODEV
+DISKS = {"vda": ("image", True), "vdb": ("disk", False)}  # device: what is held for it, read-only
 _ENTROPY_DEVICES = {name: f"/dev/{name}" for name, _ in argv.DISKS}
 
 
@@ -125,7 +127,7 @@ class MicrovmLayer(Layer):
             main=None if outer else _main(job),
             needs=Needs(job.spec.memory_bytes, job.spec.cpus, job.spec.disk_bytes, machines.digests(job)),
             descriptors=_descriptors(job, kit, template),
-            inside=_stacked_steps(job) if outer else _inside(job),
+            inside=_stacked_steps(job, templated) if outer else _inside(job, templated),
             template=template,
             options=(
                 ("cloned", templated),
@@ -140,13 +142,13 @@ class MicrovmLayer(Layer):
         )
 
     def start(self, frame: Frame, place: Place, io: Io, d: Deadline) -> Proc | None:
-        disks = {"vda": ("image", True), "vdb": ("disk", False)}
+        disks = dict(DISKS)
         if frame.option("outer"):
             disks["vdc"] = ("tools", True)
         if frame.option("volumes"):
             disks[volumes.DEVICE] = (volumes.HELD, False)
         _begin(frame, place, disks, d)
-        return self._settle_in(frame, place, tuple(disks), frame.inside, io, d)
+        return self._settle_in(frame, place, _changed(frame, disks), frame.inside, io, d)
 
     def _settle_in(
         self, frame: Frame, place: Place, changed: tuple[str, ...], steps: tuple[Step, ...], io: Io, d: Deadline
@@ -183,11 +185,10 @@ class MicrovmLayer(Layer):
 
     def warm_up(self, frame: Frame, place: Place, d: Deadline) -> None:
         """Nothing of anybody runs here but what the image brings, and only machines of this image come from it."""
-        disks = {"vda": ("image", True), "vdb": ("disk", False)}
-        _begin(frame, place, disks, d)
+        _begin(frame, place, DISKS, d)
         inside = place.inside(GUEST, place.facts)
         for n in range(EXERCISES):
-            inside.resume(_identity(frame, () if n else tuple(disks)), d)
+            inside.resume(_identity(frame, () if n else _changed(frame, DISKS)), d)
             inside.carry_out(() if n else frame.inside, d)
             _exercise(inside, frame, n, d)
         with machine.monitor(place, d) as qmp:
@@ -222,9 +223,8 @@ class MicrovmLayer(Layer):
         return copies.begin(frame, place, d)
 
     def restore(self, frame: Frame, place: Place, starting: Starting, copy: Copy, io: Io, d: Deadline) -> Proc | None:
-        disks = {"vda": ("image", True), "vdb": ("disk", False)}
         names = tuple(_below_root(step) for step in frame.inside if _is_name(step))
-        return copies.restore(frame, place, starting, disks, copy, _identity(frame, ()), names, io, d)
+        return copies.restore(frame, place, starting, DISKS, copy, _identity(frame, ()), names, io, d)
 
     # the end
 
@@ -333,15 +333,21 @@ def _guest(job: Job, kit: MachineKit, asked: argv.Machine, park_s: float) -> Com
 
 
 def _template(job: Job, kit: MachineKit, asked: argv.Machine, guest: Command) -> TemplatePlan:
+    """Its disk belongs to it: the file system is mounted when it is saved, so that no clone has to."""
     booted = replace(asked, share=True)
+    machine_key = argv.template_key(asked, kit.guest_key, kit.qemu_identity)
+    own = [machine_key, job.spec.disk_bytes, [step.to_json() for step in _prepared()]]
     return TemplatePlan(
-        key=argv.template_key(asked, kit.guest_key, kit.qemu_identity),
+        key=hashlib.sha256(json.dumps(own).encode()).hexdigest(),
         guest=replace(guest, argv=argv.microvm_argv(booted), cgroup_files=(), held=("ram", "qmp-peer"), park_s=0.0),
         descriptors=(
             Descriptor("ram", Source.MEMORY, size_bytes=asked.memory_mib << 20),
             Descriptor("state", Source.MEMORY),
             Descriptor(machine.MONITOR, Source.PAIR),
+            Descriptor("disk", Source.DISK, size_bytes=job.spec.disk_bytes, writable=True),
         ),
+        inside=_prepared(),
+        disk_bytes=job.spec.disk_bytes,
         memory_bytes=asked.memory_mib << 20,
         cpus=asked.cpus,
         accel=kit.accel,
@@ -356,12 +362,13 @@ def _descriptors(job: Job, kit: MachineKit, template: TemplatePlan | None) -> tu
         if template
         else (Descriptor("ram", Source.MEMORY, size_bytes=size),)
     )
+    disk = Source.TEMPLATE_DISK if template else Source.DISK
     image = (Descriptor("image", Source.FILE, job.image.file),) if job.image else ()
     return (
         *memory,
         Descriptor(machine.MONITOR, Source.PAIR),
         *image,
-        Descriptor("disk", Source.DISK, f"{job.dir}/disk.img", job.spec.disk_bytes, writable=True),
+        Descriptor("disk", disk, f"{job.dir}/disk.img", job.spec.disk_bytes, writable=True),
         *(() if job.command else (Descriptor("tools", Source.FILE, kit.tools),)),
         *volumes.descriptors(job),
     )
@@ -379,26 +386,29 @@ def _join() -> tuple[str, ...]:
     return (f"{GROUP}/cgroup.procs",)
 
 
-def _disk_steps() -> tuple[Step, ...]:
-    """The writable part: the same in every machine, so done in advance where there is one."""
+def _prepared() -> tuple[Step, ...]:
+    """What is the same in every machine, so done once in the template: the writable part, and where things will be."""
     return (
         MakeDir(DISK, 0o700),
         Mount("/dev/vdb", DISK, "ext4", "noinit_itable", MS_NOATIME | MS_NODEV),
         MakeDir(f"{DISK}/u", 0o755),
         MakeDir(f"{DISK}/w", 0o700),
         MakeDir(f"{DISK}/u/etc", 0o755),
+        MakeDir(IMAGE, 0o700),
+        MakeDir(ROOT, 0o755),
+        Cgroup((GROUP,)),
     )
 
 
-def _inside(job: Job) -> tuple[Step, ...]:
+def _inside(job: Job, templated: bool) -> tuple[Step, ...]:
     host = common.hostname(job)
     return (
-        *_disk_steps(),
-        *_image_steps(),
+        *(() if templated else _prepared()),
+        IMAGE_MOUNT,
         *_names(job, host),
         *volumes.unpack_steps(job, VOLUMES),
         *(MakeDir(f"{DISK}/u{tmpfs.target}") for tmpfs in job.spec.tmpfs),
-        *_overlay(IMAGE, f"{DISK}/u", f"{DISK}/w", ROOT, read_only=job.spec.read_only),
+        _overlay(job.spec.read_only),
         Mount("proc", f"{ROOT}/proc", "proc", flags=_SYSTEM),
         Mount("sysfs", f"{ROOT}/sys", "sysfs", flags=_SYSTEM | MS_RDONLY),
         Mount("/dev", f"{ROOT}/dev", "", flags=MS_BIND | MS_REC),
@@ -408,8 +418,7 @@ def _inside(job: Job) -> tuple[Step, ...]:
     )
 
 
-def _image_steps() -> tuple[Step, ...]:
-    return (MakeDir(IMAGE, 0o700), Mount("/dev/vda", IMAGE, "erofs", "", MS_RDONLY | MS_NODEV))
+IMAGE_MOUNT = Mount("/dev/vda", IMAGE, "erofs", "", MS_RDONLY | MS_NODEV)
 
 
 def _names(job: Job, host: str) -> tuple[Step, ...]:
@@ -423,9 +432,9 @@ def _names(job: Job, host: str) -> tuple[Step, ...]:
     return tuple(PutFile(f"{DISK}/u/etc/{name}", text) for name, text in texts)
 
 
-def _overlay(lower: str, upper: str, work: str, at: str, *, read_only: bool = False) -> tuple[Step, ...]:
-    options = f"lowerdir={lower},upperdir={upper},workdir={work},volatile"
-    return (MakeDir(at, 0o755), Mount("overlay", at, "overlay", options, MS_RDONLY if read_only else 0))
+def _overlay(read_only: bool) -> Step:
+    options = f"lowerdir={IMAGE},upperdir={DISK}/u,workdir={DISK}/w,volatile"
+    return Mount("overlay", ROOT, "overlay", options, MS_RDONLY if read_only else 0)
 
 
 def _memories(job: Job) -> tuple[Step, ...]:
@@ -435,11 +444,11 @@ def _memories(job: Job) -> tuple[Step, ...]:
     )
 
 
-def _stacked_steps(job: Job) -> tuple[Step, ...]:
+def _stacked_steps(job: Job, templated: bool) -> tuple[Step, ...]:
     """What a layer inside finds: the image and the tools, mounted, and a place to write to."""
     return (
-        *_disk_steps(),
-        *_image_steps(),
+        *(() if templated else _prepared()),
+        IMAGE_MOUNT,
         MakeDir(TOOLS, 0o755),
         Mount("/dev/vdc", TOOLS, "erofs", "", MS_RDONLY | MS_NODEV),
         *volumes.unpack_steps(job, VOLUMES),
@@ -459,6 +468,11 @@ def _begin(frame: Frame, place: Place, disks: Mapping[str, tuple[str, bool]], d:
         raise InternalError("a machine has no command")
     start = machine.clone if frame.option("cloned") else machine.boot
     start(place, frame.guest, disks, d)
+
+
+def _changed(frame: Frame, disks: Mapping[str, tuple[str, bool]]) -> tuple[str, ...]:
+    """The disks that are others than the machine knows. A clone's own is what it was when its template was saved."""
+    return tuple(name for name in disks if name != "vdb" or not frame.option("cloned"))
 
 
 def _identity(frame: Frame, changed: tuple[str, ...]) -> Identity:

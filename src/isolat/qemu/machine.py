@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from isolat.checkpoint import checkpoint
 from isolat.deadline import Deadline
 from isolat.errors import IsolatError
 from isolat.layers.base import GUEST
 from isolat.places.base import Command, Io, Place, Starting
+from isolat.places.steps import Step
 from isolat.qemu import dialogue
 from isolat.qemu.qmp import Qmp
 from isolat.trace import mark
@@ -93,10 +94,18 @@ def swap(place: Place, qmp: Qmp, device: str, name: str, *, read_only: bool, d: 
         os.close(fd)
 
 
-def save(place: Place, command: Command, d: Deadline) -> None:
-    """Boot a machine, save its state to the held descriptor ``state`` and end it: what a template is made of."""
-    boot(place, command, {}, d)
-    place.inside(GUEST, place.facts).settle(d)
+def save(
+    place: Place, command: Command, disks: Mapping[str, tuple[str, bool]], steps: Sequence[Step], d: Deadline
+) -> None:
+    """Boot a machine, let it carry out these steps, save its state to the held descriptor ``state`` and end it.
+
+    What a template is made of. The disks are what they were at that moment, for what a guest has not written yet is
+    written before (SETTLE).
+    """
+    boot(place, command, disks, d)
+    inside = place.inside(GUEST, place.facts)
+    inside.carry_out(steps, d)
+    inside.settle(d)
     state = place.fetch("state", d)
     try:
         with monitor(place, d) as qmp:
