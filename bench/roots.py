@@ -67,7 +67,7 @@ def _share_guest(path: Path) -> None:
         into = target / Path(directory).relative_to(source)
         into.mkdir(mode=0o711, parents=True, exist_ok=True)
         for name in names:
-            if name != "lock":
+            if name != "lock" and into.name != "blanks":  # an empty disk is sparse: it is made anew
                 _link(Path(directory, name), into / name)
 
 

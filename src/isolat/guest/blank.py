@@ -42,7 +42,7 @@ def blank(directory: Path, size_bytes: int, d: Deadline = NEVER) -> Path:
         raise UsageError(f"a machine's disk has at least {MIN_BYTES >> 20} MiB")
     size = size_bytes - size_bytes % BLOCK_BYTES
     path = directory / f"blank-{size}.ext4"
-    if path.exists():
+    if _is_sparse(path, size):
         return path
     if shutil.which("mkfs.ext4", path=child.SAFE_PATH) is None:
         raise Unsupported(
@@ -59,6 +59,13 @@ def blank(directory: Path, size_bytes: int, d: Deadline = NEVER) -> Path:
     finally:
         beside.unlink(missing_ok=True)
     return path
+
+
+def _is_sparse(path: Path, size: int) -> bool:
+    """Whether it is there and has its holes, which a copied state root has lost: every copy of it would be slow."""
+    with contextlib.suppress(FileNotFoundError):
+        return path.stat().st_blocks * 512 <= max(size // 4, MIN_BYTES)
+    return False
 
 
 def mkfs_argv(file: Path) -> list[str]:
