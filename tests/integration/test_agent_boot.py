@@ -27,7 +27,7 @@ pytestmark = [
 ]
 BOOT_S = 60.0
 MS_RDONLY, MS_NOATIME, MS_BIND = 1, 1024, 4096
-IMAGE, DISK, ROOT = "/run/isolat/image", "/run/isolat/disk", "/run/isolat/root"
+IMAGE, DISK, ROOT = "/run/isolat/image", "/run/isolat/disk", "/run/isolat/rootfs"
 ALARM = "#include <unistd.h>\nint main(void) { alarm(1000); return pause(); }\n"
 PROGRAMS = ("sh", "cat", "sleep", "head", "stty", "id")
 

@@ -74,7 +74,7 @@ from isolat.qemu import argv, dialogue, machine
 from isolat.trace import mark
 
 INSIDE = "/run/isolat"
-ROOT = f"{INSIDE}/root"
+ROOT = f"{INSIDE}/rootfs"
 IMAGE, DISK, TOOLS = f"{INSIDE}/image", f"{INSIDE}/disk", f"{INSIDE}/tools"
 VOLUMES = f"{DISK}/volumes"
 GROUP = "/sys/fs/cgroup/isolat-application"
