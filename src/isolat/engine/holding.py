@@ -15,17 +15,21 @@ from isolat.layers.base import Descriptor, Shares, Source, TemplatePlan
 from isolat.places.base import Place
 from isolat.volumes import transfer
 
-Opener = Callable[[TemplatePlan, Deadline], tuple[int, int, Path]]
+Lent = tuple[int, int, Path]  # memory, state, disk
+Lender = Callable[[TemplatePlan, Deadline], Lent]
 Bases = Callable[[Descriptor, Deadline], Path]
+_OF_TEMPLATE = frozenset({Source.TEMPLATE_MEMORY, Source.TEMPLATE_STATE, Source.TEMPLATE_DISK})
 
 
 class Holding:
-    """``template`` gives a template's memory, state and disk, making it where there is none; they stay its own.
+    """``template`` lends a template's memory, state and disk, making it where there is none.
+
+    The descriptors are duplicates, and ours: whoever removes the template meanwhile closes only its own.
 
     ``bases`` gives the bootable disk that this one shall be a copy of.
     """
 
-    def __init__(self, blanks: Path, template: Opener, bases: Bases) -> None:
+    def __init__(self, blanks: Path, template: Lender, bases: Bases) -> None:
         self._blanks = blanks
         self._template = template
         self._bases = bases
@@ -46,20 +50,34 @@ class Holding:
         """
         wanted = [descriptor for descriptor in descriptors if descriptor.name not in but]
         with ExitStack() as ours:
+            lent = self._lent(wanted, template, ours, d)
             found: dict[str, int] = {}
             left: list[str] = []
             for descriptor in wanted:
                 if descriptor.shares is not None:
                     left += _archive(descriptor, descriptor.shares, given, d)
-                found.update(self._open(descriptor, template, given, ours, d))
+                found.update(self._open(descriptor, lent, given, ours, d))
             if found:
                 place.hold(found, d)
         return left
 
+    def _lent(
+        self, wanted: Sequence[Descriptor], template: TemplatePlan | None, ours: ExitStack, d: Deadline
+    ) -> Lent | None:
+        """What a template lends, where one of these comes from it."""
+        if not any(descriptor.source in _OF_TEMPLATE for descriptor in wanted):
+            return None
+        if template is None:
+            raise InternalError("a plan wants something of a template that it does not name")
+        lent = self._template(template, d)
+        for fd in lent[:2]:
+            ours.callback(os.close, fd)
+        return lent
+
     def _open(
         self,
         descriptor: Descriptor,
-        template: TemplatePlan | None,
+        lent: Lent | None,
         given: Sequence[int],
         ours: ExitStack,
         d: Deadline,
@@ -72,10 +90,8 @@ class Holding:
             ours.enter_context(one)
             ours.enter_context(other)
             return {name: one.fileno(), f"{name}-peer": other.fileno()}
-        if descriptor.source in (Source.TEMPLATE_MEMORY, Source.TEMPLATE_STATE, Source.TEMPLATE_DISK):
-            if template is None:
-                raise InternalError(f"a plan wants {name} of a template that it does not name")
-            memory, state, disk = self._template(template, d)
+        if lent is not None and descriptor.source in _OF_TEMPLATE:
+            memory, state, disk = lent
             if descriptor.source is Source.TEMPLATE_MEMORY:
                 return {name: memory}
             if descriptor.source is Source.TEMPLATE_STATE:

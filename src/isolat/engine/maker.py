@@ -100,7 +100,7 @@ class Maker:
         self._boot_id = boot_id()
         self._kits = kits
         self._templates = templates
-        self._holding = Holding(kits.blanks, templates.open, kits.base_disk)
+        self._holding = Holding(kits.blanks, templates.lend, kits.base_disk)
         self.warm = WarmPool(self.undo, warm)
         self._probes: dict[tuple[str, str, str], tuple[float, Probe]] = {}
 
@@ -282,7 +282,8 @@ class Maker:
             if plan is None:
                 raise Unsupported("this machine makes no templates")
             progress(f"booting a machine: {plan.memory_bytes >> 20} MiB, {plan.cpus} CPUs, {plan.accel}", 0, 0)
-            self._templates.open(plan, d)
+            for fd in self._templates.lend(plan, d)[:2]:
+                os.close(fd)
         finally:
             self._table.give_back_uids(index)
         return next(found for found in self._templates.all() if found.key == plan.key)

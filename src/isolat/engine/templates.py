@@ -7,8 +7,8 @@
     STATE_ROOT/templates/KEY/keeper.*        the keeper that holds its sealed memory and its state
 
 A daemon that is killed leaves them as they are, and the next one fetches them again. A keeper without a daemon lets go
-after ``KEPT_S``. Nothing of a template is on disk: it holds no more than a kernel that has just booted, but that
-memory is shared by every clone, and only sealed memory can't be changed by any of them (fcntl(2), F_SEAL_WRITE).
+after ``KEPT_S``. A template's memory is never on disk. It holds no more than a kernel that has just booted, but it is
+shared by every clone, and only sealed memory can't be changed by any of them (fcntl(2), F_SEAL_WRITE).
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from isolat.deadline import Deadline
 from isolat.engine.handle import write_atomically
-from isolat.engine.holding import Holding
+from isolat.engine.holding import Holding, Lent
 from isolat.engine.journal import log
 from isolat.engine.keepers import Keepers, quit_keeper
 from isolat.engine.paths import StateRoot
@@ -75,6 +74,10 @@ class _Open:
     state: int
     disk: Path
 
+    def lent(self) -> Lent:
+        """With the lock held: whoever removes it closes its descriptors, whose numbers are then somebody else's."""
+        return os.dup(self.memory), os.dup(self.state), self.disk
+
     def close(self) -> None:
         os.close(self.memory)
         os.close(self.state)
@@ -119,21 +122,21 @@ class Templates:
         with self._lock:
             return sorted((one.template for one in self._open.values()), key=lambda found: found.created_ns)
 
-    def open(self, plan: TemplatePlan, d: Deadline) -> tuple[int, int, Path]:
-        """Its memory, its state and its disk, which stay its own. Makes it where there is none."""
+    def lend(self, plan: TemplatePlan, d: Deadline) -> Lent:
+        """Its memory and its state, as duplicates that are the caller's, and its disk. Makes it where there is none."""
         with self._lock:
             making = self._making.setdefault(plan.key, threading.Lock())
         with making:
             with self._lock:
                 found = self._open.get(plan.key)
-            if found is not None and found.link.closed:
+                if found is not None and not found.link.closed:
+                    return found.lent()
+            if found is not None:
                 self._lose(found)
-                found = None
-            if found is None:
-                found = self._make(plan, d.sooner(BOOT_S))
-                with self._lock:
-                    self._open[plan.key] = found
-            return found.memory, found.state, found.disk
+            made = self._make(plan, d.sooner(BOOT_S))
+            with self._lock:
+                self._open[plan.key] = made
+                return made.lent()
 
     def remove(self, ref: str) -> Template:
         """Remove the one whose key begins like this; clones of it go on. Raises NotFound."""
@@ -252,9 +255,6 @@ class Templates:
                 quit_keeper(link, Deadline(_FIND_S))
         shutil.rmtree(directory, ignore_errors=True)
 
-    def __iter__(self) -> Iterator[Template]:
-        return iter(self.all())
-
 
 def _placed(descriptors: tuple[Descriptor, ...], directory: Path) -> tuple[Descriptor, ...]:
     """A template's disk lies in its own directory, which its plan can't know."""
@@ -264,7 +264,7 @@ def _placed(descriptors: tuple[Descriptor, ...], directory: Path) -> tuple[Descr
     )
 
 
-def _no_template(plan: TemplatePlan, _: Deadline) -> tuple[int, int, Path]:
+def _no_template(plan: TemplatePlan, _: Deadline) -> Lent:
     raise InternalError(f"the template {plan.key} is to be made from another one")
 
 
