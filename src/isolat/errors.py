@@ -22,6 +22,7 @@ The library raises; only the command line turns an error into text and an exit c
     ├── ProtocolError         protocol         a peer sent what the protocol does not allow
     ├── DaemonUnavailable     daemon           the daemon cannot be reached or started
     ├── StoreError            store            an image could not be built or is damaged
+    │   └── InvalidImage      invalid-image    what came from elsewhere breaks the rules; ``stage`` names which
     └── InternalError         internal         a defect of Isolat itself
 """
 
@@ -138,6 +139,12 @@ class DaemonUnavailable(IsolatError):
 
 class StoreError(IsolatError):
     code = "store"
+
+
+class InvalidImage(StoreError):
+    """An archive, manifest or blob from elsewhere that is refused. ``stage`` is a stable word for the reason."""
+
+    code = "invalid-image"
 
 
 class InternalError(IsolatError):
