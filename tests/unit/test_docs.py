@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from isolat.cli import options
+from isolat.cli import options, verbs
 from isolat.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,11 +99,11 @@ def objection(words: list[str], whole: bool) -> str:
 
 def _check_options(words: list[str]) -> None:
     """For a command that is only mentioned: its verb and its options, whatever words are left out."""
-    name = " ".join(words[:2]) if words[0] in options.GROUPS else words[0]
-    verb = options.VERBS.get(name)
+    name = " ".join(words[:2]) if words[0] in verbs.GROUPS else words[0]
+    verb = verbs.VERBS.get(name)
     if verb is not None:
         options.read(words[len(name.split()) :], (*verb.options, *options.COMMON), f"isolat {name}", verb.stop)
-    elif name not in {*options.GROUPS, "help", "VERB"}:
+    elif name not in {*verbs.GROUPS, "help", "VERB"}:
         raise UsageError(f"unknown verb: {name}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from isolat.cli import options as o
+from isolat.cli.verbs import GROUPS, VERBS
 
 
 def show(parsed: o.Parsed) -> int:
@@ -14,11 +15,11 @@ def show(parsed: o.Parsed) -> int:
 
 def text(name: str = "") -> str:
     """The help of a verb, of a group of verbs, or of all."""
-    if name in o.VERBS:
-        return _of_verb(o.VERBS[name]) + _below(name)
-    if name and name not in o.GROUPS:
+    if name in VERBS:
+        return _of_verb(VERBS[name]) + _below(name)
+    if name and name not in GROUPS:
         raise o.usage_error(f"no help for {name}: there is no such verb", "`isolat --help` lists them")
-    verbs = [verb for verb in o.VERBS.values() if not name or verb.name.startswith(f"{name} ")]
+    verbs = [verb for verb in VERBS.values() if not name or verb.name.startswith(f"{name} ")]
     lines = [f"usage: isolat {name} VERB [OPTIONS] …" if name else "usage: isolat [--root DIR] VERB [OPTIONS] …", ""]
     if not name:
         lines += ["Isolated execution environments at every kind of virtualization.", ""]
@@ -35,7 +36,7 @@ def text(name: str = "") -> str:
 
 def _below(name: str) -> str:
     """The verbs of the group that has the verb's own name: `snapshot ls` beside `snapshot`."""
-    below = [(f"  {verb.name}", verb.summary) for verb in o.VERBS.values() if verb.name.startswith(f"{name} ")]
+    below = [(f"  {verb.name}", verb.summary) for verb in VERBS.values() if verb.name.startswith(f"{name} ")]
     return "\n".join(["", *_columns(below)]) + "\n" if below else ""
 
 

@@ -1,4 +1,4 @@
-"""Every verb and option of the command line, as one table, and the small parser that reads it.
+"""The small parser of the command line, and the two verbs of the hot path; the others are in ``verbs``.
 
 Docker's habits: ``-it`` combines, ``--opt=value`` and ``--opt value`` are the same, ``run`` ends its options at the
 image and ``exec`` at the environment, ``--`` ends them anywhere. The help texts are made from the same table. The
@@ -80,8 +80,8 @@ class Parsed:
 
 _ROOT = Option("--root", VALUE, "the state root (default: ISOLAT_ROOT, or /var/lib/isolat)", "DIR")
 _HELP = Option("-h --help", FLAG, "show this and exit")
-_JSON = Option("--json", FLAG, "print JSON")
-_NO_TRUNC = Option("--no-trunc", FLAG, "do not shorten ids and commands")
+JSON = Option("--json", FLAG, "print JSON")
+NO_TRUNC = Option("--no-trunc", FLAG, "do not shorten ids and commands")
 GLOBAL = (_ROOT, _HELP, Option("--version", FLAG, "show the version and exit"))
 COMMON = (_ROOT, _HELP)
 
@@ -135,100 +135,15 @@ _EXEC_OPTIONS = (
     _WORKDIR,
     _USER,
 )
-_PS_OPTIONS = (
-    Option("-a --all", FLAG, "also those that have ended"),
-    Option("-q --quiet", FLAG, "only ids"),
-    Option("--filter", LIST, "only those whose id, name, image, layer, state or label matches", "KEY=VALUE"),
-    _NO_TRUNC,
-    _JSON,
-)
-_LOGS_OPTIONS = (
-    Option("-f --follow", FLAG, "go on until it ends"),
-    Option("--since", VALUE, "only what is not older: 10m, or 2026-01-31T12:00:00", "TIME"),
-    Option("-n --tail", VALUE, "only the last N lines", "N"),
-    Option("-t --timestamps", FLAG, "begin each line with its time"),
-)
-_BOOTSTRAP_OPTIONS = (
-    Option("--include", LIST, "a further package, or several with commas", "PACKAGE"),
-    Option("--arch", VALUE, "another architecture than this machine's", "ARCH"),
-    _JSON,
-)
-_IMAGES_OPTIONS = (Option("-q --quiet", FLAG, "only names"), _NO_TRUNC, _JSON)
-_FORCE = "-f --force"
 
-VERBS: dict[str, Verb] = {
+HOT: dict[str, Verb] = {
     verb.name: verb
     for verb in (
         Verb("run", "IMAGE [COMMAND…]", "run a command in a new environment", "run:run", _RUN_OPTIONS, (1, None), True),
         Verb("exec", "ENV COMMAND…", "run a command in one that runs", "exec:exec_", _EXEC_OPTIONS, (2, None), True),
-        Verb("ps", "", "list environments", "manage:ps", _PS_OPTIONS),
-        Verb("logs", "ENV", "what it has written", "logs:logs", _LOGS_OPTIONS, (1, 1)),
-        Verb(
-            "attach", "ENV", "connect to what runs in it", "exec:attach",
-            (Option("--no-stdin", FLAG, "do not pass standard input on"),), (1, 1),
-        ),
-        Verb(
-            "stop", "ENV…", "ask it to end, then kill it", "manage:stop",
-            (Option("-t --time", VALUE, "between asking and killing (default: its own)", "TIME"),), (1, None),
-        ),
-        Verb(
-            "kill", "ENV…", "send a signal", "manage:kill",
-            (Option("-s --signal", VALUE, "its name or number (default: KILL)", "SIGNAL"),), (1, None),
-        ),
-        Verb("wait", "ENV…", "wait for its end and print its exit code", "manage:wait", (), (1, None)),
-        Verb(
-            "rm", "ENV…", "remove what has ended", "manage:rm",
-            (Option(_FORCE, FLAG, "also what still runs; what is not there is fine"),), (1, None),
-        ),
-        Verb("inspect", "ENV…", "everything known of it, as JSON", "manage:inspect", (_JSON,), (1, None)),
-        Verb(
-            "screenshot", "ENV FILE", "what its screen shows, as PNG (FILE may be -)", "manage:screenshot", (), (2, 2),
-        ),
-        Verb(
-            "events", "", "what happens, as it happens", "events:events",
-            (Option("--since", VALUE, "begin with the past: 10m, or 2026-01-31T12:00:00", "TIME"),
-             Option("--no-follow", FLAG, "end with the present"), _JSON),
-        ),
-        Verb("images", "", "list images", "images:images", _IMAGES_OPTIONS),
-        Verb("rmi", "IMAGE…", "remove images", "images:rmi", (), (1, None)),
-        Verb("image bootstrap", "IMAGE", "make a base image: debian[:SUITE], or host", "images:bootstrap",
-             _BOOTSTRAP_OPTIONS, (1, 1)),
-        Verb("image ls", "", "list images", "images:images", _IMAGES_OPTIONS),
-        Verb("image rm", "IMAGE…", "remove images", "images:rmi", (), (1, None)),
-        Verb(
-            "template create", "", "boot a machine that others are cloned from", "templates:create",
-            (Option("--layer", VALUE, "of which layer (default: microvm)", "LAYER"),
-             Option("-m --memory", VALUE, "memory of the machines (default: 512m)", "SIZE"),
-             Option("--cpus", VALUE, "processors of the machines (default: 1)", "N"), _JSON),
-        ),
-        Verb("template ls", "", "list templates", "templates:ls", (Option("-q --quiet", FLAG, "only ids"), _JSON)),
-        Verb("template rm", "TEMPLATE…", "remove templates; machines go on", "templates:rm", (), (1, None)),
-        Verb("template prune", "", "remove all templates; machines go on", "templates:prune"),
-        Verb(
-            "fork", "ENV", "make others that go on where it is, with all its processes", "snapshots:fork",
-            (Option("-n --number", VALUE, "how many (default: 1)", "N"),
-             Option("--name", VALUE, "the name of a single one", "NAME"), _JSON), (1, 1),
-        ),
-        Verb("snapshot", "ENV NAME", "keep it as it is now, with all its processes", "snapshots:snapshot",
-             (_JSON,), (2, 2)),
-        Verb("snapshots", "", "list snapshots", "snapshots:ls", _IMAGES_OPTIONS),
-        Verb("snapshot ls", "", "list snapshots", "snapshots:ls", _IMAGES_OPTIONS),
-        Verb("snapshot rm", "SNAPSHOT…", "remove snapshots; what was made from them goes on", "snapshots:rm",
-             (), (1, None)),
-        Verb("doctor", "", "what this machine allows, by trying", "system:doctor", (_JSON,)),
-        Verb(
-            "setup", "", "install what is missing", "system:setup",
-            (Option("-y --yes", FLAG, "do not ask"),),
-        ),
-        Verb(
-            "system reset", "", "remove every environment, image and trace", "system:reset",
-            (Option("-y --yes -f --force", FLAG, "do not ask", dest="yes"),),
-        ),
-        Verb("system shutdown", "", "end the daemon; environments go on", "system:shutdown"),
-        Verb("version", "", "show the versions of command and daemon", "system:version", (_JSON,)),
     )
-}  # fmt: skip
-GROUPS = {name.split()[0] for name in VERBS if " " in name}
+}
+HELP = Verb("help", "[VERB]", "show help", "help:show", (), (0, 2))
 
 
 def usage_error(message: str, hint: str = "") -> UsageError:
@@ -248,6 +163,8 @@ def parse(argv: list[str]) -> Parsed:
     """The verb, its options and words. Raises UsageError. Help and version are verbs of their own."""
     values, rest = read(argv, GLOBAL, "", True)
     if values.get("version"):
+        from isolat.cli.verbs import VERBS
+
         return Parsed(VERBS["version"], values, [])
     if values.get("help") or not rest:
         return Parsed(HELP, values, [])
@@ -265,11 +182,12 @@ def parse(argv: list[str]) -> Parsed:
     return Parsed(verb, values, words)
 
 
-HELP = Verb("help", "[VERB]", "show help", "help:show", (), (0, 2))
-
-
 def _verb(words: list[str]) -> tuple[Verb | None, list[str]]:
     name, rest = words[0], words[1:]
+    if name in HOT:
+        return HOT[name], rest
+    from isolat.cli.verbs import GROUPS, VERBS
+
     if name in GROUPS and not (name in VERBS and rest and f"{name} {rest[0]}" not in VERBS):
         if not rest or rest[0] in {"-h", "--help"}:
             return None, [name]

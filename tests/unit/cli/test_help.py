@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from isolat.cli import help, options
+from isolat.cli import help, verbs
 from isolat.cli.main import main
 from isolat.errors import UsageError
 
@@ -15,7 +15,7 @@ GOLDEN = Path(__file__).parents[2] / "golden" / "help.txt"
 
 
 def every_help() -> str:
-    names = ["", *sorted(options.GROUPS), *options.VERBS]
+    names = ["", *sorted(verbs.GROUPS), *verbs.VERBS]
     return "\n".join(f"$ isolat {name} --help".replace("  ", " ") + "\n" + help.text(name) for name in names)
 
 

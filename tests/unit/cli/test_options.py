@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isolat.cli import options as o
+from isolat.cli import verbs
 from isolat.errors import UsageError
 
 
@@ -107,13 +108,13 @@ def test_help_is_asked_for_in_many_ways(words: list[str]) -> None:
 
 
 def test_no_option_is_given_twice_in_one_verb() -> None:
-    for verb in o.VERBS.values():
+    for verb in verbs.VERBS.values():
         names = [name for option in (*verb.options, *o.COMMON) for name in option.names]
         assert len(names) == len(set(names)), verb.name
 
 
 def test_every_verb_has_its_function() -> None:
-    for verb in (*o.VERBS.values(), o.HELP):
+    for verb in (*verbs.VERBS.values(), o.HELP):
         module, _, name = verb.target.partition(":")
         assert callable(getattr(__import__(f"isolat.cli.{module}", fromlist=[name]), name)), verb.name
 

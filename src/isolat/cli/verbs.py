@@ -1,0 +1,103 @@
+"""Every verb of the command line but the parser's own: one table, from which the help texts are made, too.
+
+Apart from ``options`` because ``run`` and ``exec`` do not pay for it.
+"""
+
+from __future__ import annotations
+
+from isolat.cli.options import FLAG, HOT, JSON, LIST, NO_TRUNC, VALUE, Option, Verb
+
+_PS_OPTIONS = (
+    Option("-a --all", FLAG, "also those that have ended"),
+    Option("-q --quiet", FLAG, "only ids"),
+    Option("--filter", LIST, "only those whose id, name, image, layer, state or label matches", "KEY=VALUE"),
+    NO_TRUNC,
+    JSON,
+)
+_LOGS_OPTIONS = (
+    Option("-f --follow", FLAG, "go on until it ends"),
+    Option("--since", VALUE, "only what is not older: 10m, or 2026-01-31T12:00:00", "TIME"),
+    Option("-n --tail", VALUE, "only the last N lines", "N"),
+    Option("-t --timestamps", FLAG, "begin each line with its time"),
+)
+_BOOTSTRAP_OPTIONS = (
+    Option("--include", LIST, "a further package, or several with commas", "PACKAGE"),
+    Option("--arch", VALUE, "another architecture than this machine's", "ARCH"),
+    JSON,
+)
+_IMAGES_OPTIONS = (Option("-q --quiet", FLAG, "only names"), NO_TRUNC, JSON)
+_FORCE = "-f --force"
+
+
+VERBS: dict[str, Verb] = {
+    verb.name: verb
+    for verb in (
+        *HOT.values(),
+        Verb("ps", "", "list environments", "manage:ps", _PS_OPTIONS),
+        Verb("logs", "ENV", "what it has written", "logs:logs", _LOGS_OPTIONS, (1, 1)),
+        Verb(
+            "attach", "ENV", "connect to what runs in it", "exec:attach",
+            (Option("--no-stdin", FLAG, "do not pass standard input on"),), (1, 1),
+        ),
+        Verb(
+            "stop", "ENV…", "ask it to end, then kill it", "manage:stop",
+            (Option("-t --time", VALUE, "between asking and killing (default: its own)", "TIME"),), (1, None),
+        ),
+        Verb(
+            "kill", "ENV…", "send a signal", "manage:kill",
+            (Option("-s --signal", VALUE, "its name or number (default: KILL)", "SIGNAL"),), (1, None),
+        ),
+        Verb("wait", "ENV…", "wait for its end and print its exit code", "manage:wait", (), (1, None)),
+        Verb(
+            "rm", "ENV…", "remove what has ended", "manage:rm",
+            (Option(_FORCE, FLAG, "also what still runs; what is not there is fine"),), (1, None),
+        ),
+        Verb("inspect", "ENV…", "everything known of it, as JSON", "manage:inspect", (JSON,), (1, None)),
+        Verb(
+            "screenshot", "ENV FILE", "what its screen shows, as PNG (FILE may be -)", "manage:screenshot", (), (2, 2),
+        ),
+        Verb(
+            "events", "", "what happens, as it happens", "events:events",
+            (Option("--since", VALUE, "begin with the past: 10m, or 2026-01-31T12:00:00", "TIME"),
+             Option("--no-follow", FLAG, "end with the present"), JSON),
+        ),
+        Verb("images", "", "list images", "images:images", _IMAGES_OPTIONS),
+        Verb("rmi", "IMAGE…", "remove images", "images:rmi", (), (1, None)),
+        Verb("image bootstrap", "IMAGE", "make a base image: debian[:SUITE], or host", "images:bootstrap",
+             _BOOTSTRAP_OPTIONS, (1, 1)),
+        Verb("image ls", "", "list images", "images:images", _IMAGES_OPTIONS),
+        Verb("image rm", "IMAGE…", "remove images", "images:rmi", (), (1, None)),
+        Verb(
+            "template create", "", "boot a machine that others are cloned from", "templates:create",
+            (Option("--layer", VALUE, "of which layer (default: microvm)", "LAYER"),
+             Option("-m --memory", VALUE, "memory of the machines (default: 512m)", "SIZE"),
+             Option("--cpus", VALUE, "processors of the machines (default: 1)", "N"), JSON),
+        ),
+        Verb("template ls", "", "list templates", "templates:ls", (Option("-q --quiet", FLAG, "only ids"), JSON)),
+        Verb("template rm", "TEMPLATE…", "remove templates; machines go on", "templates:rm", (), (1, None)),
+        Verb("template prune", "", "remove all templates; machines go on", "templates:prune"),
+        Verb(
+            "fork", "ENV", "make others that go on where it is, with all its processes", "snapshots:fork",
+            (Option("-n --number", VALUE, "how many (default: 1)", "N"),
+             Option("--name", VALUE, "the name of a single one", "NAME"), JSON), (1, 1),
+        ),
+        Verb("snapshot", "ENV NAME", "keep it as it is now, with all its processes", "snapshots:snapshot",
+             (JSON,), (2, 2)),
+        Verb("snapshots", "", "list snapshots", "snapshots:ls", _IMAGES_OPTIONS),
+        Verb("snapshot ls", "", "list snapshots", "snapshots:ls", _IMAGES_OPTIONS),
+        Verb("snapshot rm", "SNAPSHOT…", "remove snapshots; what was made from them goes on", "snapshots:rm",
+             (), (1, None)),
+        Verb("doctor", "", "what this machine allows, by trying", "system:doctor", (JSON,)),
+        Verb(
+            "setup", "", "install what is missing", "system:setup",
+            (Option("-y --yes", FLAG, "do not ask"),),
+        ),
+        Verb(
+            "system reset", "", "remove every environment, image and trace", "system:reset",
+            (Option("-y --yes -f --force", FLAG, "do not ask", dest="yes"),),
+        ),
+        Verb("system shutdown", "", "end the daemon; environments go on", "system:shutdown"),
+        Verb("version", "", "show the versions of command and daemon", "system:version", (JSON,)),
+    )
+}  # fmt: skip
+GROUPS = {name.split()[0] for name in VERBS if " " in name}
