@@ -209,7 +209,7 @@ def test_a_build_that_is_killed_leaves_no_file_process_or_mount(root: Path, tmp_
     _wait_until(lambda: not _processes_naming(str(programs)))
     ImageStore(root)
     assert list((root / "images/tmp").iterdir()) == []
-    assert sorted(path.name for path in (root / "images").iterdir()) == ["lock", "tmp"]
+    assert sorted(path.name for path in (root / "images").iterdir()) == ["blobs", "lock", "tmp"]
 
 
 def _wait_until(true: object) -> None:

@@ -40,7 +40,8 @@ from isolat.engine.templates import Template, Templates
 from isolat.engine.warm import DEFAULT_MOST
 from isolat.errors import DeadlineExceeded, IllegalState, Lost, NotFound, StartFailed, Unsupported
 from isolat.images.pool import Pool
-from isolat.images.store import ImageStore, Progress
+from isolat.images.progress import Progress
+from isolat.images.store import ImageStore
 from isolat.layers import registry
 from isolat.layers.base import CanShow, Copied, Layer, Probe, State
 from isolat.linux.facts import record_facts

@@ -19,7 +19,7 @@ from isolat.engine.paths import StateRoot
 from isolat.errors import StartFailed, Unsupported
 from isolat.guest import files
 from isolat.images import disks
-from isolat.images.store import Progress, no_progress
+from isolat.images.progress import Progress, no_progress
 from isolat.layers.base import Descriptor, MachineKit
 from isolat.qemu import accel, features, jail
 

@@ -37,7 +37,8 @@ from isolat.engine.templates import Template, Templates
 from isolat.engine.warm import WarmPool, normal_priority
 from isolat.errors import Conflict, IsolatError, Unsupported, UsageError
 from isolat.images.pool import Pool
-from isolat.images.store import ImageStore, Progress
+from isolat.images.progress import Progress
+from isolat.images.store import ImageStore
 from isolat.layers import registry
 from isolat.layers.base import (
     GUEST,

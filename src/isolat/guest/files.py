@@ -29,7 +29,7 @@ from isolat.deadline import NEVER, Deadline
 from isolat.errors import StoreError
 from isolat.guest import initramfs, modules, tools
 from isolat.guest import kernel as kernels
-from isolat.images.store import Progress, no_progress
+from isolat.images.progress import Progress, no_progress
 
 AGENT, INIT = "isolat-agent", "isolat-init"
 BUILDER_VERSION = 1

@@ -34,7 +34,7 @@ from pathlib import Path
 
 from isolat.deadline import NEVER, Deadline
 from isolat.errors import StoreError, Unsupported, UsageError
-from isolat.images.store import Progress, no_progress
+from isolat.images.progress import Progress, no_progress
 from isolat.linux import child
 
 PACKAGE = "linux-image-cloud-amd64"

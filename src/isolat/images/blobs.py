@@ -16,7 +16,7 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-from isolat.errors import InvalidImage, NotFound, StoreError
+from isolat.errors import InvalidImage, NotFound
 from isolat.images.oci import digest_of, hexadecimal
 
 
@@ -63,16 +63,8 @@ class Blobs:
         return read_blob(self.path(digest), digest, most_bytes)
 
     def verify(self, digest: str) -> None:
-        """Read it whole. Raises NotFound, StoreError when its bytes are not those of its digest."""
-        try:
-            with self.path(digest).open("rb") as stream:
-                found = hashlib.file_digest(stream, "sha256").hexdigest()
-        except FileNotFoundError:
-            raise NotFound(f"the blob {digest} is not in the store", hint="pull the image again") from None
-        if found != hexadecimal(digest):
-            raise StoreError(
-                f"the blob {digest} is damaged: its bytes are those of {found}", hint="remove the image, pull it again"
-            )
+        """Read it whole. Raises NotFound, InvalidImage when its bytes are not those of its digest."""
+        verify_file(self.path(digest), digest)
 
     def all(self) -> Iterator[tuple[str, int]]:
         """Digest and bytes of each."""
@@ -111,3 +103,18 @@ def read_blob(path: Path, digest: str, most_bytes: int) -> bytes:
     if digest_of(data) != digest:
         raise InvalidImage(f"the blob {digest} is something else: {digest_of(data)}", stage="digest-mismatch")
     return data
+
+
+def verify_file(path: Path, digest: str) -> None:
+    """Read a blob whole. Raises NotFound, InvalidImage when its bytes are not those of its digest."""
+    try:
+        with path.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise NotFound(f"the blob {digest} is not there", hint="pull the image again") from None
+    if found != hexadecimal(digest):
+        raise InvalidImage(
+            f"the blob {digest} is damaged: its bytes are those of sha256:{found}",
+            stage="digest-mismatch",
+            hint="remove the image, and pull it again",
+        )

@@ -25,7 +25,8 @@ from isolat.deadline import NEVER, Deadline
 from isolat.errors import Unsupported, UsageError
 from isolat.images import host, tidy
 from isolat.images.image import Image, ImageConfig
-from isolat.images.store import Build, ImageStore, Progress, no_progress
+from isolat.images.progress import Progress, no_progress
+from isolat.images.store import Build, ImageStore
 from isolat.linux import child
 
 DEFAULT_SUITE = "bookworm"

@@ -31,7 +31,7 @@ from isolat.errors import StoreError, Unsupported
 from isolat.guest import initramfs, modules
 from isolat.guest.kernel import Kernel, read_compressed, release_of
 from isolat.images import grub, units
-from isolat.images.store import Progress, no_progress
+from isolat.images.progress import Progress, no_progress
 from isolat.linux import child, confine
 
 VERSION = 1  # of what this module makes of the same input

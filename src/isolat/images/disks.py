@@ -22,7 +22,7 @@ from pathlib import Path
 from isolat.deadline import NEVER, Deadline
 from isolat.guest import kernel as kernels
 from isolat.images import disk
-from isolat.images.store import Progress, no_progress
+from isolat.images.progress import Progress, no_progress
 
 _KERNEL = "kernel"
 _DIGITS = 16

@@ -18,7 +18,8 @@ from isolat.deadline import NEVER, Deadline
 from isolat.errors import Unsupported
 from isolat.images import tidy
 from isolat.images.image import Image, ImageConfig
-from isolat.images.store import ImageStore, Progress, no_progress
+from isolat.images.progress import Progress, no_progress
+from isolat.images.store import ImageStore
 
 NAME = "host:latest"
 _TOPS = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")

@@ -1,7 +1,7 @@
 """What an image is, as data, and how the names of images are read.
 
-Names are Docker's: without a tag it is ``latest``. A digest is 64 hexadecimal digits, and any beginning of it of at
-least 6 names it too, as long as it is alone.
+Its digest is that of its OCI configuration, as Docker's image ids are: 64 hexadecimal digits, and any beginning of it
+of at least 6 names it too, as long as it is alone. Names are in ``reference``.
 """
 
 from __future__ import annotations
@@ -11,14 +11,12 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from isolat.errors import StoreError, UsageError
+from isolat.errors import StoreError
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-VERSION = 1
+VERSION = 2
+_READ_VERSIONS = (1, VERSION)
 
-_PART = r"[a-z0-9]+(?:(?:\.|_{1,2}|-+)[a-z0-9]+)*"
-_NAME = re.compile(rf"{_PART}(?:/{_PART})*")
-_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _DIGEST = re.compile(r"(?:sha256:)?([0-9a-f]{6,64})")
 
 
@@ -26,7 +24,7 @@ _DIGEST = re.compile(r"(?:sha256:)?([0-9a-f]{6,64})")
 class ImageConfig:
     """The defaults that an image brings. ``binds``: (directory of this machine, where it appears), read-only."""
 
-    kind: str  # debian, host, tree
+    kind: str  # debian, host, tree, oci
     env: tuple[tuple[str, str], ...] = (("PATH", DEFAULT_PATH),)
     command: tuple[str, ...] = ()
     working_dir: str = ""
@@ -34,6 +32,10 @@ class ImageConfig:
     architecture: str = ""
     binds: tuple[tuple[str, str], ...] = ()
     source: str = ""  # what it was made from, for people
+    entrypoint: tuple[str, ...] = ()
+    labels: tuple[tuple[str, str], ...] = ()
+    stop_signal: str = ""
+    variant: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -48,6 +50,8 @@ class Image:
     size_bytes: int
     created_ns: int
     names: tuple[str, ...] = field(default=())
+    manifest: str = ""  # the digest of its OCI manifest; empty for what was made from a tree and never sent
+    repo_digests: tuple[str, ...] = ()  # NAME@sha256:…, where it was seen
 
     @property
     def kind(self) -> str:
@@ -60,6 +64,10 @@ class Image:
     @property
     def command(self) -> tuple[str, ...]:
         return self.config.command
+
+    @property
+    def entrypoint(self) -> tuple[str, ...]:
+        return self.config.entrypoint
 
     @property
     def working_dir(self) -> str:
@@ -81,6 +89,8 @@ class Image:
             "digest": self.digest,
             "size_bytes": self.size_bytes,
             "created_ns": self.created_ns,
+            "manifest": self.manifest,
+            "repo_digests": list(self.repo_digests),
             **self.config.to_json(),
         }
 
@@ -91,6 +101,8 @@ class Image:
             "digest": self.digest,
             "size_bytes": self.size_bytes,
             "created_ns": self.created_ns,
+            "manifest": self.manifest,
+            "repo_digests": list(self.repo_digests),
             "config": self.config.to_json(),
         }
 
@@ -99,7 +111,7 @@ def image_from_json(text: str, names: tuple[str, ...] = ()) -> Image:
     """The image that ``description`` wrote. Raises StoreError for anything else."""
     try:
         data = json.loads(text)
-        if data["version"] != VERSION:
+        if data["version"] not in _READ_VERSIONS:
             raise ValueError(f"version {data['version']}")
         values = {name: _frozen(value) for name, value in data["config"].items()}
         return Image(
@@ -108,6 +120,8 @@ def image_from_json(text: str, names: tuple[str, ...] = ()) -> Image:
             size_bytes=int(data["size_bytes"]),
             created_ns=int(data["created_ns"]),
             names=names,
+            manifest=str(data.get("manifest", "")),
+            repo_digests=tuple(str(one) for one in data.get("repo_digests", ())),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(
@@ -117,19 +131,6 @@ def image_from_json(text: str, names: tuple[str, ...] = ()) -> Image:
 
 def _frozen(value: Any) -> Any:
     return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
-
-
-def parse_name(text: str) -> str:
-    """The full form ``name:tag``. Raises UsageError for what can't be a name."""
-    name, colon, tag = text.rpartition(":")
-    if not colon or "/" in tag:
-        name, tag = text, "latest"
-    if not _NAME.fullmatch(name) or not _TAG.fullmatch(tag):
-        raise UsageError(
-            f"{text!r} can't be the name of an image",
-            hint="a name is made of lower case letters, digits and . _ - /, with an optional :tag",
-        )
-    return f"{name}:{tag}"
 
 
 def digest_prefix(text: str) -> str:

@@ -4,13 +4,17 @@
 
     STATE_ROOT/images/DIGEST.erofs   the root file system, flattened, uncompressed (read under emulation too)
     STATE_ROOT/images/DIGEST.json    its defaults; written last, so an image is there whole or not at all
+    STATE_ROOT/images/blobs          its OCI form as it came (blobs.py): manifest, configuration, layers
     STATE_ROOT/images/names.json     name:tag to digest, replaced by rename
-    STATE_ROOT/images/lock           flock: names, and which build directories belong to somebody alive
+    STATE_ROOT/images/lock           flock: names, blobs, and which build directories belong to somebody alive
     STATE_ROOT/images/tmp/PID-xxxx   one build; its `lock` is held by the builder and by its children
     STATE_ROOT/mounts/DIGEST         the image mounted, once for the whole machine
 
-The digest covers the EROFS file's bytes, the defaults and the builder's version: the same content made twice is one
-image. Nothing that was not made here is ever mounted: a crafted EROFS is an attack on the kernel.
+The digest is that of the OCI configuration, which names every layer by its content: the same content is one image, from
+wherever it came. Nothing that was not made here is ever mounted: a crafted EROFS is an attack on the kernel.
+
+A blob comes in under the lock, together with the description that names it, and what no description names is collected
+under the same lock: so nothing that is in use, or about to be, is ever collected.
 
 A killed build leaves nothing for long: its lock is free as soon as the last of its processes is gone, and then the
 next opening of the store removes its directory.
@@ -28,21 +32,21 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from isolat.deadline import NEVER, Deadline
-from isolat.errors import Conflict, NotFound, StoreError, UsageError
-from isolat.images import erofs
-from isolat.images.image import Image, ImageConfig, digest_prefix, image_from_json, parse_name
+from isolat.errors import Conflict, NotFound, StoreError, Unsupported, UsageError
+from isolat.images import erofs, intake
+from isolat.images.blobs import Blobs
+from isolat.images.image import Image, ImageConfig, digest_prefix, image_from_json
+from isolat.images.oci import DOCUMENT_BYTES_MAX, Manifest, parse_manifest
+from isolat.images.progress import Progress, no_progress
+from isolat.images.reference import parse_name, parse_reference
 from isolat.linux import mounts
 
 BUILDER_VERSION = 1
-Progress = Callable[[str, int, int], None]
 _BOOTSTRAP_HINT = "make one with `isolat image bootstrap debian` (needs the network), or `isolat image bootstrap host`"
-
-
-def no_progress(text: str, done: int, total: int) -> None:
-    """The callback for those who don't watch."""
 
 
 class ImageStore:
@@ -51,10 +55,13 @@ class ImageStore:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.dir = root / "images"
+        for directory in (self.root, self.dir):
+            directory.mkdir(mode=0o711, parents=True, exist_ok=True)
         self.mounts_dir = root / "mounts"
+        self.blobs = Blobs(self.dir / "blobs")
         self._mounted: dict[str, int] = {}  # digest to device number
         self._thread_lock = threading.Lock()
-        for directory in (self.root, self.dir, self._tmp, self.mounts_dir):
+        for directory in (self._tmp, self.mounts_dir):
             directory.mkdir(mode=0o711, parents=True, exist_ok=True)
         self.sweep()
 
@@ -70,14 +77,18 @@ class ImageStore:
 
     def list(self) -> list[Image]:
         """Every image, the youngest first."""
-        names = self._names_by_digest()
-        found = [self._read(path.stem, names) for path in self.dir.glob("*.json") if path.stem != "names"]
-        return sorted(found, key=lambda image: (-image.created_ns, image.digest))
+        return sorted(self._all(self._names_by_digest()), key=lambda image: (-image.created_ns, image.digest))
+
+    def _all(self, names: dict[str, tuple[str, ...]]) -> tuple[Image, ...]:
+        return tuple(self._read(path.stem, names) for path in self.dir.glob("*.json") if path.stem != "names")
 
     def resolve(self, name: str) -> Image:
         """The image of that name or digest. Raises NotFound, and Conflict when a digest's beginning is ambiguous."""
         with contextlib.suppress(UsageError):
-            digest = self._names().get(parse_name(name))
+            reference = parse_reference(name)
+            if reference.digest:
+                return self._by_repo_digest(reference.by_digest, reference.digest)
+            digest = self._names().get(reference.name)
             if digest is not None:
                 return self._read(digest, self._names_by_digest())
         prefix = digest_prefix(name)
@@ -88,6 +99,13 @@ class ImageStore:
         if not found:
             raise NotFound(f"there is no image {name!r}", hint=_BOOTSTRAP_HINT)
         return self._read(found[0].stem, self._names_by_digest())
+
+    def _by_repo_digest(self, name: str, digest: str) -> Image:
+        """What was pulled as NAME@DIGEST, and still is here."""
+        for image in self.list():
+            if name in image.repo_digests or image.manifest == digest:
+                return image
+        raise NotFound(f"there is no image {name!r}", hint=f"isolat pull {name}")
 
     def tag(self, digest: str, names: Collection[str]) -> None:
         """Let the names mean this image from now on."""
@@ -103,7 +121,7 @@ class ImageStore:
         image = self.resolve(name)
         by_digest = (
             name not in image.names and digest_prefix(name) != "" and image.digest.startswith(digest_prefix(name))
-        )
+        ) or "@" in name
         gone = set(image.names) if by_digest else {parse_name(name)}
         last = gone >= set(image.names)
         if last and image.digest in in_use:
@@ -126,6 +144,25 @@ class ImageStore:
                 target.rmdir()
         (self.dir / f"{digest}.json").unlink(missing_ok=True)
         self.file(digest).unlink(missing_ok=True)
+        self._collect()
+
+    def _collect(self) -> int:
+        """Remove the blobs that no description names; with the lock. Nothing where one can't be read: it may name any.
+
+        Returns the bytes that this freed.
+        """
+        try:
+            used = {digest for image in self._all({}) for digest in self._blobs_of(image)}
+        except (StoreError, NotFound):
+            return 0
+        return sum(self.blobs.remove(digest) for digest, _ in list(self.blobs.all()) if digest not in used)
+
+    def _blobs_of(self, image: Image) -> set[str]:
+        if not image.manifest:
+            return set()
+        found = parse_manifest(self.blobs.read(image.manifest, DOCUMENT_BYTES_MAX))
+        assert isinstance(found, Manifest)  # an index is never taken in
+        return {image.manifest, *(one.digest for one in found.blobs)}
 
     def _names(self) -> dict[str, str]:
         try:
@@ -193,6 +230,67 @@ class ImageStore:
             for file in self.dir.glob("*.erofs"):
                 if not file.with_suffix(".json").exists():
                     file.unlink(missing_ok=True)
+            self.blobs.sweep()
+            self._collect()
+
+    def add_manifest(
+        self,
+        raw: bytes,
+        find: Callable[[str], Path],
+        names: Collection[str] = (),
+        *,
+        build: Build,
+        d: Deadline = NEVER,
+        progress: Progress = no_progress,
+        repo_digest: str = "",
+        config: ImageConfig | None = None,
+    ) -> Image:
+        """Make an image of an OCI manifest; ``find`` says where the blob of a digest lies, root's and read-only.
+
+        Every digest is verified. ``config``: the defaults, where they are not just those of the OCI configuration.
+        Raises InvalidImage, StoreError.
+        """
+        prepared = intake.prepare(self, raw, find, build, d, progress)
+        with self._lock():
+            for digest in prepared.blobs:
+                self.blobs.take(find(digest), digest)
+            self.blobs.put(raw)
+            if prepared.file is not None:
+                prepared.file.chmod(0o400)
+                os.chown(prepared.file, os.geteuid(), os.getegid())
+                prepared.file.rename(self.file(prepared.digest))
+            self._describe(prepared.digest, config or prepared.config, prepared.manifest, repo_digest)
+            self._write_names({**self._names(), **dict.fromkeys(map(parse_name, names), prepared.digest)})
+        return self._read(prepared.digest, self._names_by_digest())
+
+    def _describe(self, digest: str, config: ImageConfig, manifest: str, repo_digest: str) -> None:
+        """Write the description; of an image that was here, only what is new: its manifest and where it was seen."""
+        try:
+            old = self._read(digest, {})
+        except NotFound:
+            old = Image(digest, config, self.file(digest).stat().st_size, time.time_ns())
+        seen = dict.fromkeys([*old.repo_digests, *([repo_digest] if repo_digest else [])])
+        new = replace(old, manifest=old.manifest or manifest, repo_digests=tuple(seen))
+        if new != old or not (self.dir / f"{digest}.json").exists():
+            _replace(self.dir / f"{digest}.json", json.dumps(new.description(), indent=1))
+
+    def find(self, digest: str) -> Image | None:
+        """The image of this whole digest, if it is here whole."""
+        try:
+            return self._read(digest, {}) if self.file(digest).exists() else None
+        except (NotFound, StoreError):
+            return None
+
+    def manifest(self, image: Image) -> Manifest:
+        """The OCI form of an image. Raises Unsupported for one that has none: it was made by an older version."""
+        if not image.manifest:
+            raise Unsupported(
+                f"the image {image.digest[:12]} has no OCI form: it was made before images had one",
+                hint="make it again: isolat image bootstrap",
+            )
+        found = parse_manifest(self.blobs.read(image.manifest, DOCUMENT_BYTES_MAX))
+        assert isinstance(found, Manifest)
+        return found
 
     def adopt(self, file: Path, config: ImageConfig, names: Collection[str]) -> Image:
         """Move a finished EROFS file of ours in. The description comes last: it is what makes it an image."""

@@ -7,7 +7,8 @@ import json
 import pytest
 
 from isolat.errors import StoreError, UsageError
-from isolat.images.image import Image, ImageConfig, digest_prefix, image_from_json, parse_name
+from isolat.images.image import Image, ImageConfig, digest_prefix, image_from_json
+from isolat.images.reference import parse_name
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,7 @@ def test_the_interface_tells_the_names_beside_the_defaults() -> None:
         "",
         "[]",
         "{}",
-        '{"version": 2}',
+        '{"version": 3}',
         '{"version": 1, "config": {"nothing": 1}, "digest": "a"}',
         '{"version": 1, "config": 3}',
     ],

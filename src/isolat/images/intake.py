@@ -1,0 +1,94 @@
+"""From a manifest and its blobs to what the store takes in: read strictly, verified, flattened; nothing moved yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from isolat.deadline import Deadline
+from isolat.errors import InvalidImage
+from isolat.images.blobs import read_blob, verify_file
+from isolat.images.image import DEFAULT_PATH, ImageConfig
+from isolat.images.oci import (
+    DOCUMENT_BYTES_MAX,
+    Config,
+    Descriptor,
+    Manifest,
+    check_together,
+    hexadecimal,
+    parse_config,
+    parse_manifest,
+)
+from isolat.images.progress import Progress
+
+if TYPE_CHECKING:
+    from isolat.images import flatten
+    from isolat.images.store import Build, ImageStore
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """``file``: the new EROFS file, or None where the store has it. ``blobs``: those to take in, all verified."""
+
+    digest: str
+    config: ImageConfig
+    manifest: str
+    file: Path | None
+    blobs: tuple[str, ...]
+
+
+def prepare(
+    store: ImageStore, raw: bytes, find: Callable[[str], Path], build: Build, d: Deadline, progress: Progress
+) -> Prepared:
+    """Raises InvalidImage for whatever is not what it says it is."""
+    manifest = parse_manifest(raw)
+    if not isinstance(manifest, Manifest):
+        raise InvalidImage("an index is no image: it names one for each platform", stage="bad-manifest")
+    config = parse_config(read_blob(find(manifest.config.digest), manifest.config.digest, DOCUMENT_BYTES_MAX))
+    check_together(manifest, config)
+    digest = hexadecimal(manifest.config.digest)
+    missing = [one for one in manifest.blobs if not store.blobs.has(one.digest)]
+    file = None
+    if store.find(digest) is None:
+        from isolat.images import flatten  # slow to import, and most starts of a daemon flatten nothing
+
+        file = build.path / "image.erofs"
+        flatten.flatten(_layers(manifest, config, find), file, d, progress=progress, pass_fds=(build.lock,))
+    else:
+        _verify(missing, find)
+    return Prepared(digest, defaults(config), manifest.digest, file, tuple(one.digest for one in missing))
+
+
+def _layers(manifest: Manifest, config: Config, find: Callable[[str], Path]) -> Sequence[flatten.LayerBlob]:
+    from isolat.images import flatten
+
+    return [
+        flatten.LayerBlob(find(layer.digest), layer.digest, diff_id, layer.size_bytes)
+        for layer, diff_id in zip(manifest.layers, config.diff_ids, strict=True)
+    ]
+
+
+def _verify(blobs: Sequence[Descriptor], find: Callable[[str], Path]) -> None:
+    """Another form of an image that is here: its layers are not read for flattening, so they are read for this."""
+    for one in blobs:
+        verify_file(find(one.digest), one.digest)
+
+
+def defaults(config: Config) -> ImageConfig:
+    """What an environment takes from an OCI configuration."""
+    env = dict(config.env)
+    env.setdefault("PATH", DEFAULT_PATH)
+    return ImageConfig(
+        kind="oci",
+        env=tuple(env.items()),
+        command=config.command,
+        entrypoint=config.entrypoint,
+        working_dir=config.working_dir,
+        user=config.user,
+        architecture=config.platform.architecture,
+        variant=config.platform.variant,
+        labels=config.labels,
+        stop_signal=config.stop_signal,
+    )
