@@ -46,6 +46,24 @@ def test_exit_codes(root: Root, words: list[str], code: int) -> None:
     assert b"Traceback" not in done.stderr
 
 
+def test_an_entrypoint_goes_before_the_command(root: Root) -> None:
+    assert root.ok("run", "--rm", "--entrypoint", "echo", "debian", "a", "b") == "a b"
+    assert (
+        root.cli("run", "--rm", "--entrypoint", "", "debian").returncode == 125
+    )  # and the image's command is not taken
+
+
+def test_it_is_asked_to_end_with_the_signal_that_it_was_given(root: Root) -> None:
+    script = "trap 'exit 5' USR1; echo ready; while :; do sleep 0.1; done"
+    root.ok("run", "-d", "--name", "signalled", "--stop-signal", "SIGUSR1", "debian", "sh", "-c", script)
+    while "ready" not in root.ok("logs", "signalled"):
+        time.sleep(0.05)
+    root.ok("stop", "signalled")
+    assert root.ok("wait", "signalled") == "5"
+    root.ok("rm", "signalled")
+    assert b"is no signal" in root.cli("run", "--stop-signal", "SIGNOTHING", "debian", "true").stderr
+
+
 def test_without_rm_it_stays_until_removed(root: Root) -> None:
     root.ok("run", "--name", "stays", "debian", "true")
     assert "stays" not in root.ok("ps")

@@ -41,6 +41,7 @@ _PLAIN = {
     "interactive": "stdin_open",
     "read_only": "read_only",
     "rm": "x-remove",
+    "stop_signal": "stop_signal",
 }
 
 
@@ -93,6 +94,8 @@ def build(parsed: o.Parsed) -> tuple[dict[str, Any], list[int]]:
     for dest, key in _PLAIN.items():
         if dest in values:
             service[key] = values[dest]
+    if "entrypoint" in values:
+        service["entrypoint"] = [values["entrypoint"]] if values["entrypoint"] else []
     if "env" in values:
         service["environment"] = environment(values["env"])
     if "init" in values or "no_init" in values:

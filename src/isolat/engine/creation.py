@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -30,6 +31,7 @@ from isolat.layers.base import (
 )
 from isolat.places.base import Place
 from isolat.spec.model import DEFAULT_CPUS, DEFAULT_DISK_BYTES, DEFAULT_MEMORY_BYTES, DEFAULT_PIDS, Spec
+from isolat.spec.values import signal_number
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 INSIDE_LIBEXEC = "/dev/.isolat"
@@ -81,7 +83,7 @@ def plan_stack(
             raise Unsupported(f"the layer {layer.name} is not ready here: {found.reason}", hint=found.remedy)
         this = job if last else replace(job, command=())
         plan = layer.plan(this, found)
-        frame = frame_of(layer, plan, last=last)
+        frame = replace(frame_of(layer, plan, last=last), stop_signal=_stop_signal(request))
         planned.append(Planned(layer, plan, frame))
         if not last:
             if not isinstance(layer, CanEnter):
@@ -128,13 +130,23 @@ def frame_of(layer: Layer, plan: Plan, *, last: bool) -> Frame:
 
 def _command(request: Request) -> tuple[str, ...]:
     spec, image = request.spec, request.image
-    command = spec.command or (image.command if image else ())
+    if spec.entrypoint is not None or image is None:
+        command = (*(spec.entrypoint or ()), *spec.command)
+    else:
+        command = (*image.entrypoint, *(spec.command or image.command))
     if not command:
         raise UsageError(
             f"no command to run: neither given nor set in the image {spec.image}",
             hint=f"isolat run {spec.image} COMMAND",
         )
     return command
+
+
+def _stop_signal(request: Request) -> int:
+    """An image's word for it is not checked when it is made: one that is no signal counts as none."""
+    image = request.image
+    text = request.spec.stop_signal or (image.stop_signal if image else "")
+    return signal_number(text) or int(signal.SIGTERM)
 
 
 def outer_job(request: Request, place: Place, paths: StateRoot, command: tuple[str, ...], libexec: str = "") -> Job:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,7 @@ def _frame(data: dict[str, Any]) -> Frame:
         main=_command(data.get("main")),
         guest=_command(data.get("guest")),
         options=tuple((a, b) for a, b in data.get("options", ())),
+        stop_signal=int(data.get("stop_signal", signal.SIGTERM)),
     )
 
 
@@ -130,11 +132,11 @@ def read_exit(directory: Path) -> Exit | None:
         data = json.loads((directory / EXIT_RECORD).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-    signal = int(data.get("signal") or 0)
-    code = 128 + signal if signal else int(data.get("code") or 0)
+    number = int(data.get("signal") or 0)
+    code = 128 + number if number else int(data.get("code") or 0)
     return Exit(
         code=code,
-        signal=signal,
+        signal=number,
         started_ns=int(data["started_ns"]),
         ended_ns=int(data["ended_ns"]),
         with_guest=bool(data.get("with_guest")),

@@ -36,6 +36,7 @@ from isolat.engine.table import Table
 from isolat.engine.templates import Template, Templates
 from isolat.engine.warm import WarmPool, normal_priority
 from isolat.errors import Conflict, IsolatError, Unsupported, UsageError
+from isolat.images import architecture
 from isolat.images.pool import Pool
 from isolat.images.progress import Progress
 from isolat.images.store import ImageStore
@@ -316,12 +317,13 @@ class Maker:
         kit: MachineKit | None,
     ) -> Request:
         stack = registry.resolve(spec.layers)
-        image = self._image(id, spec.image) if stack[0].capabilities.images else None
+        image = self._image(id, spec.image, kit is not None) if stack[0].capabilities.images else None
         upper = str(self._paths.pool / id) if image and kit is None and self._pool.ensure() else ""
         return Request(id, name, spec, service, image, index, upper, caller.uid, caller.gid, kit)
 
-    def _image(self, id: str, name: str) -> ImageRef:
+    def _image(self, id: str, name: str, machine: bool = False) -> ImageRef:
         image = self._images.resolve(name)
+        architecture.check(name, image.config.architecture, emulated=not machine)
         if id:
             self._table.making(id, image.digest)
         return ImageRef(
@@ -333,6 +335,8 @@ class Maker:
             user=image.user,
             binds=image.binds,
             file=str(self._images.file(image.digest)),
+            entrypoint=image.entrypoint,
+            stop_signal=image.config.stop_signal,
         )
 
     def _plan(self, request: Request, d: Deadline) -> list[Planned]:

@@ -79,6 +79,8 @@ class ImageRef:
     user: str = ""
     binds: tuple[tuple[str, str], ...] = ()  # (directory of this machine, where it appears), read-only
     file: str = ""  # its EROFS file, which a machine gets as a disk
+    entrypoint: tuple[str, ...] = ()
+    stop_signal: str = ""
 
 
 @dataclass(frozen=True)
@@ -215,6 +217,7 @@ class Frame:
     guest: Command | None = None
     options: tuple[tuple[str, Any], ...] = ()
     inside: tuple[Step, ...] = ()  # only until it has started: not written down
+    stop_signal: int = int(signal.SIGTERM)  # what its application is asked to end with
 
     def option(self, name: str) -> Any:
         return dict(self.options).get(name)
@@ -262,9 +265,9 @@ class Layer(ABC):
         return place.spawn(frame.main_key, frame.main, replace(io, main=True), d)
 
     def stop(self, frame: Frame, place: Place, grace_s: float, d: Deadline) -> Exit:
-        """Ask (SIGTERM), wait ``grace_s``, kill, reap. ``Exit.forced`` says that it had to be killed."""
+        """Ask (``frame.stop_signal``), wait ``grace_s``, kill, reap. ``Exit.forced`` says that it had to be killed."""
         with contextlib.suppress(IsolatError):
-            place.signal(frame.main_key, signal.SIGTERM, d)
+            place.signal(frame.main_key, frame.stop_signal, d)
         with contextlib.suppress(DeadlineExceeded):
             return place.wait(frame.main_key, d.sooner(grace_s))
         key = GUEST if frame.has_guest else frame.main_key

@@ -249,7 +249,7 @@ class MicrovmLayer(Layer):
 
 
 def _stop_application(frame: Frame, place: Place, grace_s: float, d: Deadline) -> Exit:
-    for number, seconds in ((signal.SIGTERM, grace_s), (signal.SIGKILL, _STOP_S)):
+    for number, seconds in ((frame.stop_signal, grace_s), (signal.SIGKILL, _STOP_S)):
         with contextlib.suppress(IsolatError):
             place.signal(frame.main_key, number, d)
         with contextlib.suppress(DeadlineExceeded):

@@ -100,12 +100,12 @@ class VmLayer(Layer):
         return place.spawn(frame.main_key, frame.main, replace(io, main=True), d)
 
     def stop(self, frame: Frame, place: Place, grace_s: float, d: Deadline) -> Exit:
-        """Ask the application (SIGTERM), wait ``grace_s``, switch the machine off; what does not end is killed.
+        """Ask the application, wait ``grace_s``, switch the machine off; what does not end is killed.
 
         The machine has what the application has left of ``d``. ``forced`` where either had to be killed.
         """
         with contextlib.suppress(IsolatError):
-            place.signal(frame.main_key, signal.SIGTERM, d)
+            place.signal(frame.main_key, frame.stop_signal, d)
         try:
             ended = place.wait(frame.main_key, d.sooner(grace_s))
         except DeadlineExceeded:

@@ -37,6 +37,7 @@ class Spec:
     layers: tuple[str, ...] = ("container",)  # from the hardware up
     name: str = ""
     command: tuple[str, ...] = ()
+    entrypoint: tuple[str, ...] | None = None  # None: the image's, whose command then counts
     environment: tuple[tuple[str, str], ...] = ()
     working_dir: str = ""
     user: str = ""
@@ -56,6 +57,7 @@ class Spec:
     tmpfs: tuple[Tmpfs, ...] = ()
     labels: tuple[tuple[str, str], ...] = ()
     stop_grace_s: float = DEFAULT_STOP_GRACE_S
+    stop_signal: str = ""  # what it is asked to end with; empty: the image's, else SIGTERM
     timeout_s: float | None = None  # killed when it has run so long
     remove: bool = False  # --rm
     logging: str = "file"  # or none

@@ -46,6 +46,7 @@ KEYS: tuple[Key, ...] = (
     Key("runtime", "layers", mounts.LAYERS, "the layer, or a stack of layers from the hardware up"),
     Key("container_name", "name", values.text(_NAME, f"a name ({_NAME})", 128), "the environment's name"),
     Key("command", "command", values.WORDS, "a list, or one line that is split as a shell would"),
+    Key("entrypoint", "entrypoint", values.WORDS, "goes before the command; empty: none, not even the image's"),
     Key("environment", "environment", values.pairs(False), "variables: a map or a list of NAME=value"),
     Key("working_dir", "working_dir", values.PATH, "where the command starts"),
     Key("user", "user", values.text(_USER, "a user[:group]", 128, numbers=True), "name or uid, with a group"),
@@ -64,6 +65,7 @@ KEYS: tuple[Key, ...] = (
     Key("tmpfs", "tmpfs", mounts.TMPFS, "TARGET or TARGET:size=64m; one or a list"),
     Key("labels", "labels", values.pairs(True), "a map or a list of NAME=value"),
     Key("stop_grace_period", "stop_grace_s", values.duration(0, 86400), "between asking and killing"),
+    Key("stop_signal", "stop_signal", values.SIGNAL, "what it is asked to end with"),
     Key("logging", "logging", mounts.LOGGING, "driver: file (also: json-file) or none"),
     Key("storage_opt", "disk_bytes", mounts.STORAGE, "size: what may be written to the root filesystem"),
     Key("x-timeout", "timeout_s", values.duration(0.001, MAX_SECONDS), "it is killed when it has run so long"),
@@ -82,11 +84,11 @@ LAYER_OPTIONS = re.compile("x-([a-z][a-z0-9-]{0,31})")
 _COMPOSE = """
     annotations attach build blkio_config cap_add cap_drop cgroup cgroup_parent configs cpu_count cpu_percent
     cpu_period cpu_quota cpu_rt_period cpu_rt_runtime cpuset credential_spec depends_on deploy develop
-    device_cgroup_rules devices dns dns_opt dns_search domainname driver_opts entrypoint env_file expose
+    device_cgroup_rules devices dns dns_opt dns_search domainname driver_opts env_file expose
     extends external_links extra_hosts gpus group_add healthcheck ipc isolation label_file links mac_address
     mem_reservation mem_swappiness models networks oom_kill_disable oom_score_adj pid platform ports
     post_start pre_stop privileged profiles provider pull_policy restart scale secrets security_opt shm_size
-    stop_signal sysctls ulimits use_api_socket userns_mode uts volumes_from
+    sysctls ulimits use_api_socket userns_mode uts volumes_from
 """
 _COMPOSE_KEYS = frozenset(_COMPOSE.split())
 

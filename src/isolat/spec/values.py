@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -238,6 +239,29 @@ WORDS = Kind(
     {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "maxItems": MAX_WORDS}]},
     list,
 )
+
+
+def _read_signal(value: object, path: str, problems: Problems) -> str | None:
+    text = str(value) if isinstance(value, int) and not isinstance(value, bool) else clean(value, path, problems, 32)
+    if text is None or signal_number(text):
+        return text
+    problems.add(path, f"{quote(text)} is no signal; a name as SIGINT, or a number from 1 to 64")
+    return None
+
+
+def signal_number(text: str) -> int:
+    """The number of ``SIGINT``, ``int`` or ``2`` (signal(7)); 0 for what is no signal."""
+    if text.isdecimal():
+        return int(text) if 1 <= int(text) < signal.NSIG else 0
+    name = text.upper().removeprefix("SIG")
+    if name.startswith("RTMIN+") and name[6:].isdecimal():
+        number = int(signal.SIGRTMIN) + int(name[6:])
+        return number if number < signal.NSIG else 0
+    found = getattr(signal, f"SIG{name}", 0)
+    return int(found) if isinstance(found, signal.Signals) else 0
+
+
+SIGNAL = Kind(_read_signal, {"type": ["string", "integer"]})
 
 
 def pairs(names_without_equals: bool) -> Kind:
