@@ -15,6 +15,7 @@ from tests.support.wires import Stream
 
 STACKS = ("fake", "host", "container", "fake/fake", "container/fake", "microvm", "microvm/container")
 SLOW = ("vm",)  # a boot for each test: run by `make soak`
+CRASHED = ("fake", "container", "microvm")  # one of each kind; the others are killed by `make soak`
 _STRENGTH = (Boundary.NONE, Boundary.NAMESPACES, Boundary.KERNEL)
 
 

@@ -409,6 +409,7 @@ def test_a_daemon_killed_while_it_takes_a_snapshot_leaves_it_whole_or_nothing(fr
     counts_on(root, env)
 
 
+@pytest.mark.soak
 def test_a_daemon_killed_by_hand_while_it_copies_much(fresh_root: Root) -> None:
     """In the middle of copying, the machine may stand still: the next daemon lets it go on."""
     root = fresh_root
