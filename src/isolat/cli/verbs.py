@@ -29,6 +29,9 @@ _IMAGES_OPTIONS = (Option("-q --quiet", FLAG, "only names"), NO_TRUNC, JSON)
 _FORCE = "-f --force"
 
 
+_PRUNE_ALL = Option("-a --all", FLAG, "also images that have a name")
+_YES = Option("-y --yes -f --force", FLAG, "do not ask", dest="yes")
+
 VERBS: dict[str, Verb] = {
     verb.name: verb
     for verb in (
@@ -91,6 +94,15 @@ VERBS: dict[str, Verb] = {
         Verb(
             "setup", "", "install what is missing", "system:setup",
             (Option("-y --yes", FLAG, "do not ask"),),
+        ),
+        Verb("image prune", "", "remove images that nothing stands on", "upkeep:prune_images",
+             (_PRUNE_ALL, _YES, JSON)),
+        Verb("system df", "", "what is stored, and what of it can go", "upkeep:df", (JSON,)),
+        Verb("system prune", "", "remove what nobody needs: what has ended, old images, caches", "upkeep:prune",
+             (_PRUNE_ALL, _YES, JSON)),
+        Verb(
+            "system check", "", "look whether everything stored is as it should be", "upkeep:check",
+            (Option("--deep", FLAG, "also make each image's file system again, and compare"), JSON),
         ),
         Verb(
             "system reset", "", "remove every environment, image and trace", "system:reset",

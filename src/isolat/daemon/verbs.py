@@ -12,6 +12,7 @@ from dataclasses import asdict
 from isolat import __version__
 from isolat.daemon import snapshots as s
 from isolat.daemon import templates as t
+from isolat.daemon import upkeep
 from isolat.daemon.arguments import Arguments
 from isolat.daemon.call import Answer, Call
 from isolat.deadline import Deadline
@@ -331,6 +332,9 @@ VERBS: dict[str, Callable[[Call], Answer]] = {
     "templates": t.templates,
     "template_rm": t.template_rm,
     "template_prune": t.template_prune,
+    "usage": upkeep.usage,
+    "prune": upkeep.prune,
+    "check": upkeep.check,
     "reset": reset,
     "shutdown": shutdown,
     "probe": probe,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import filecmp
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from isolat.deadline import Deadline
+from isolat.deadline import NEVER, Deadline
 from isolat.errors import InvalidImage
 from isolat.images.blobs import read_blob, verify_file
 from isolat.images.image import DEFAULT_PATH, ImageConfig
@@ -21,10 +22,9 @@ from isolat.images.oci import (
     parse_config,
     parse_manifest,
 )
-from isolat.images.progress import Progress
+from isolat.images.progress import Progress, no_progress
 
 if TYPE_CHECKING:
-    from isolat.images import flatten
     from isolat.images.store import Build, ImageStore
 
 
@@ -52,22 +52,38 @@ def prepare(
     missing = [one for one in manifest.blobs if not store.blobs.has(one.digest)]
     file = None
     if store.find(digest) is None:
-        from isolat.images import flatten  # slow to import, and most starts of a daemon flatten nothing
-
         file = build.path / "image.erofs"
-        flatten.flatten(_layers(manifest, config, find), file, d, progress=progress, pass_fds=(build.lock,))
+        _flatten(manifest, config, find, file, build, d, progress)
     else:
         _verify(missing, find)
     return Prepared(digest, defaults(config), manifest.digest, file, tuple(one.digest for one in missing))
 
 
-def _layers(manifest: Manifest, config: Config, find: Callable[[str], Path]) -> Sequence[flatten.LayerBlob]:
-    from isolat.images import flatten
+def flattened_again(store: ImageStore, manifest: Manifest, file: Path) -> bool:
+    """Whether an image's layers still make exactly this file. Raises InvalidImage where they can't be read."""
+    config = parse_config(store.blobs.read(manifest.config.digest, DOCUMENT_BYTES_MAX))
+    with store.build() as build:
+        again = build.path / "image.erofs"
+        _flatten(manifest, config, store.blobs.path, again, build, NEVER, no_progress)
+        return filecmp.cmp(file, again, shallow=False)
 
-    return [
+
+def _flatten(
+    manifest: Manifest,
+    config: Config,
+    find: Callable[[str], Path],
+    out: Path,
+    build: Build,
+    d: Deadline,
+    progress: Progress,
+) -> None:
+    from isolat.images import flatten  # slow to import, and most daemons never flatten anything
+
+    layers = [
         flatten.LayerBlob(find(layer.digest), layer.digest, diff_id, layer.size_bytes)
         for layer, diff_id in zip(manifest.layers, config.diff_ids, strict=True)
     ]
+    flatten.flatten(layers, out, d, progress=progress, pass_fds=(build.lock,))
 
 
 def _verify(blobs: Sequence[Descriptor], find: Callable[[str], Path]) -> None:

@@ -100,6 +100,27 @@ class ImageStore:
             raise NotFound(f"there is no image {name!r}", hint=_BOOTSTRAP_HINT)
         return self._read(found[0].stem, self._names_by_digest())
 
+    def names(self) -> tuple[tuple[str, str], ...]:
+        """Every name, with the digest that it means."""
+        return tuple(sorted(self._names().items()))
+
+    def unused(self, in_use: Collection[str], named: bool) -> tuple[Image, ...]:
+        """The images that nothing stands on: only those without a name, or also those that have one."""
+        return tuple(image for image in self.list() if image.digest not in in_use and (named or not image.names))
+
+    def bytes_of(self, image: Image) -> int:
+        """What it takes of the disk: its file system, and its blobs, also those that it shares."""
+        size = image.size_bytes
+        with contextlib.suppress(StoreError, NotFound, Unsupported):
+            size += sum(one.size_bytes for one in self.manifest(image).blobs)
+        return size
+
+    @property
+    def used_bytes(self) -> int:
+        """What all images take of the disk."""
+        files = sum(path.stat().st_blocks * 512 for path in self.dir.glob("*.erofs"))
+        return files + sum(size for _, size in self.blobs.all())
+
     def _by_repo_digest(self, name: str, digest: str) -> Image:
         """What was pulled as NAME@DIGEST, and still is here."""
         for image in self.list():
