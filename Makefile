@@ -42,7 +42,7 @@ soak: setup
 
 bench: setup
 	@$(SETUP) packages bench
-	@for name in start exec microvm throughput density neighbour; do echo "== $$name"; $(PY) -m bench.$$name $(ARGS) || exit 1; done
+	@for name in start exec microvm throughput density neighbour pull; do echo "== $$name"; $(PY) -m bench.$$name $(ARGS) || exit 1; done
 
 lint: tools
 	.venv/bin/ruff check .

@@ -66,8 +66,8 @@ def version(docker: Docker) -> str:
 
 
 @contextlib.contextmanager
-def running(erofs: Path, *, bridge: bool = False) -> Iterator[Docker]:
-    """A private dockerd with the image's tree imported; afterwards no process, mount, file or cgroup of it.
+def running(erofs: Path | None, *, bridge: bool = False) -> Iterator[Docker]:
+    """A private dockerd with the image's tree imported, if any; afterwards no process, mount, file or cgroup of it.
 
     ``bridge``: with its default network, bridge and firewall rules, in a network namespace that ends with it.
     """
@@ -75,7 +75,8 @@ def running(erofs: Path, *, bridge: bool = False) -> Iterator[Docker]:
     docker = Docker(root)
     try:
         with _daemon(docker, bridge):
-            _import(docker, erofs)
+            if erofs is not None:
+                _import(docker, erofs)
             yield docker
     finally:
         _remove(docker)

@@ -50,14 +50,9 @@ def own(image: str, **settings: str) -> Iterator[Own]:
 
 
 def _share_image(name: str, path: Path) -> None:
-    """The same file, linked where it can be."""
+    """The same files, linked where they can be."""
     there = ImageStore(subject.root())
-    image = there.resolve(name)
-    store = ImageStore(path)
-    with store.build() as build:
-        copy = build.path / "image.erofs"
-        _link(there.file(image.digest), copy)
-        store.adopt(copy, image.config, [name])
+    ImageStore(path).copy_from(there, there.resolve(name), [name])
 
 
 def _share_guest(path: Path) -> None:

@@ -51,14 +51,7 @@ def share(root: Path, name: str = IMAGE) -> str:
         image = store.resolve(name)
     except NotFound:
         image = bootstrap(store, name)
-    into = ImageStore(root)
-    with into.build() as build:
-        copy = build.path / "image.erofs"
-        try:
-            os.link(store.file(image.digest), copy)
-        except OSError:
-            copy.write_bytes(store.file(image.digest).read_bytes())
-        return into.adopt(copy, image.config, [name]).digest
+    return ImageStore(root).copy_from(store, image, [name]).digest
 
 
 def share_bootable(root: Path) -> None:

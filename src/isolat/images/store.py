@@ -328,6 +328,19 @@ class ImageStore:
             self._write_names({**self._names(), **dict.fromkeys(full, digest)})
         return self._read(digest, self._names_by_digest())
 
+    def copy_from(self, other: ImageStore, image: Image, names: Collection[str]) -> Image:
+        """Take in an image of another store of ours, without copying it where the file system can link."""
+        with self.build() as build, self._lock():
+            for digest in other._blobs_of(image):
+                if not self.blobs.has(digest):
+                    _link_or_copy(other.blobs.path(digest), self.blobs.path(digest))
+            if self.find(image.digest) is None:
+                _link_or_copy(other.file(image.digest), build.path / "image.erofs")
+                (build.path / "image.erofs").rename(self.file(image.digest))
+                _replace(self.dir / f"{image.digest}.json", json.dumps(image.description(), indent=1))
+            self._write_names({**self._names(), **dict.fromkeys(map(parse_name, names), image.digest)})
+        return self._read(image.digest, self._names_by_digest())
+
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
         descriptor = os.open(self.dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -398,6 +411,13 @@ class Build:
         out = self.path / "out"
         erofs.pack(tree, out, d, pass_fds=(self.lock,))
         return self.store.adopt(out / erofs.FILE, config, names)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _digest(file: Path, config: ImageConfig) -> str:

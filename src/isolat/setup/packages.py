@@ -67,6 +67,7 @@ PACKAGES = (
         "container",
         "runc",
     ),
+    Package("podman", "what pulling an image is compared with", Group.BENCH, "container", "podman"),
     Package("docker.io", "what containers are compared with", Group.BENCH, "container", "dockerd"),
 )
 
