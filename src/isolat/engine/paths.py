@@ -59,6 +59,11 @@ class StateRoot:
         return self.root / "pool"
 
     @property
+    def volumes(self) -> Path:
+        """The descriptions of named volumes; their data is in the pool."""
+        return self.root / "volumes"
+
+    @property
     def runtime(self) -> Path:
         return self.root / "runtime"
 

@@ -35,6 +35,7 @@ _LOOP_S = 3.0  # a device that is just being let go
 _PROBE_LIMIT_BYTES = 1 << 20
 _PROBE_WRITE_BYTES = 8 << 20
 _READY = ".isolat-pool"
+_VOLUMES = "volumes"
 
 
 class Pool:
@@ -192,13 +193,22 @@ class Pool:
         """Where the subvolume of the environment ``id`` is, or will be."""
         return self.path / id
 
+    @property
+    def volumes(self) -> Path:
+        """Where named volumes are, one subvolume each. Not for anybody else's eyes: what is in them may be anything."""
+        return self.path / _VOLUMES
+
     def sweep(self, keep_ids: Collection[str]) -> list[str]:
         """Delete the subvolumes of environments that are not known any more. Says which; busy ones stay for later."""
         if not self.mounted:
             return []
         gone = []
         for entry in os.scandir(self.path):
-            if entry.name in keep_ids or not entry.is_dir(follow_symlinks=False) or not _is_subvolume(entry):
+            if (
+                entry.name in (*keep_ids, _VOLUMES)
+                or not entry.is_dir(follow_symlinks=False)
+                or not _is_subvolume(entry)
+            ):
                 continue
             with contextlib.suppress(OSError):
                 btrfs.destroy(str(self.path), entry.name)

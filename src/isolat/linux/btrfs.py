@@ -8,11 +8,14 @@ that an empty one stays behind, which ``destroy`` then removes where the kernel 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import struct
+import uuid
 from collections.abc import Iterator
 from enum import IntEnum
+from pathlib import Path
 
 ROOT_INODE = 256  # BTRFS_FIRST_FREE_OBJECTID: the inode number of every subvolume's root
 SUPER_MAGIC = 0x9123683E
@@ -23,13 +26,17 @@ def _ioc(direction: int, number: int, size: int) -> int:
 
 
 _WRITE, _READ = 1, 2
+_SYNC = _ioc(0, 8, 0)
 _SUBVOL_CREATE = _ioc(_WRITE, 14, 4096)
 _SNAP_DESTROY = _ioc(_WRITE, 15, 4096)
 _INO_LOOKUP = _ioc(_READ | _WRITE, 18, 4096)
+_FS_INFO = _ioc(_READ, 31, 1024)
+_SNAP_CREATE = _ioc(_WRITE, 23, 4096)
 _QUOTA_CTL = _ioc(_READ | _WRITE, 40, 16)
 _QGROUP_CREATE = _ioc(_WRITE, 42, 16)
 _QGROUP_LIMIT = _ioc(_READ, 43, 48)
 _QGROUP_LIMIT_MAX_RFER = 1
+_SYSFS = Path("/sys/fs/btrfs")
 
 
 class Quota(IntEnum):
@@ -66,6 +73,13 @@ def create(parent: str, name: str) -> None:
         fcntl.ioctl(descriptor, _SUBVOL_CREATE, _named(name))
 
 
+def snapshot(source: str, parent: str, name: str) -> None:
+    """A new subvolume with what the subvolume ``source`` holds now; from then on neither sees the other's changes."""
+    with _directory(source) as original, _directory(parent) as descriptor:
+        packed = struct.pack("<qQQ32x4040s", original, 0, 0, os.fsencode(name))  # struct btrfs_ioctl_vol_args_v2
+        fcntl.ioctl(descriptor, _SNAP_CREATE, bytearray(packed))
+
+
 def destroy(parent: str, name: str) -> None:
     """Delete the subvolume. Raises OSError: ENOENT where it is not, EBUSY while something is mounted from it."""
     with _directory(parent) as descriptor:
@@ -73,6 +87,20 @@ def destroy(parent: str, name: str) -> None:
         fcntl.ioctl(descriptor, _SNAP_DESTROY, _named(name))
         with contextlib.suppress(OSError):
             fcntl.ioctl(descriptor, _QGROUP_CREATE, struct.pack("<QQ", 0, group))
+
+
+def destroy_whole(parent: str, name: str) -> None:
+    """``destroy``, with the subvolumes that somebody has made in it: the kernel deletes none that has others inside."""
+    try:
+        destroy(parent, name)
+    except OSError as error:
+        if error.errno != errno.ENOTEMPTY:
+            raise
+        for directory, inner, _ in os.walk(f"{parent}/{name}", topdown=False):
+            for one in inner:
+                if is_subvolume(f"{directory}/{one}"):
+                    destroy(directory, one)
+        destroy(parent, name)
 
 
 def subvolume_id(path: str) -> int:
@@ -94,3 +122,35 @@ def set_limit(path: str, size_bytes: int) -> None:
 def enable_quota(path: str, quota: Quota) -> None:
     with _directory(path) as descriptor:
         fcntl.ioctl(descriptor, _QUOTA_CTL, bytearray(struct.pack("<QQ", quota, 0)))
+
+
+def used_bytes(path: str) -> int:
+    """What the subvolume ``path`` takes, with what is written and not yet on the disk.
+
+    What was deleted counts until the next commit, which is 30 s away at most. Raises OSError.
+    """
+    group = _group(path)
+    return _number(group / "exclusive") + _number(group / "rsv_data")
+
+
+def limit_of(path: str) -> int:
+    """The limit of the subvolume ``path``, in bytes. Raises OSError."""
+    return _number(_group(path) / "max_referenced")
+
+
+def sync(path: str) -> None:
+    """Commit the file system that ``path`` is on: from then on ``used_bytes`` is exact."""
+    with _directory(path) as descriptor:
+        fcntl.ioctl(descriptor, _SYNC)
+
+
+def _group(path: str) -> Path:
+    """The kernel's directory of a subvolume's quota group (btrfs(5), /sys/fs/btrfs)."""
+    buffer = bytearray(1024)
+    with _directory(path) as descriptor:
+        fcntl.ioctl(descriptor, _FS_INFO, buffer)
+    return _SYSFS / str(uuid.UUID(bytes=bytes(buffer[16:32]))) / "qgroups" / f"0_{subvolume_id(path)}"
+
+
+def _number(file: Path) -> int:
+    return int(file.read_text())

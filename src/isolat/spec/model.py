@@ -18,11 +18,15 @@ DEFAULT_STOP_GRACE_S = 10.0
 
 @dataclass(frozen=True)
 class Volume:
-    """A directory or file of the host made visible inside. ``source`` is absolute."""
+    """A directory or file made visible inside. ``source`` is an absolute path of the host, or a volume's name."""
 
     source: str
     target: str
     read_only: bool = False
+
+    @property
+    def named(self) -> bool:
+        return not self.source.startswith("/")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ import re
 from isolat.spec import units
 from isolat.spec.model import Tmpfs, Volume
 from isolat.spec.problems import Problems, quote
-from isolat.spec.values import FLAG, PATH, Kind, Schema, absolute, choice, known_keys, size
+from isolat.spec.values import FLAG, PATH, Kind, Schema, absolute, choice, known_keys, size, text
+from isolat.volumes import record
 
 MAX_VOLUMES = 64
 MAX_TMPFS = 64
@@ -16,7 +17,9 @@ TMPFS_SIZE = size(4 << 10)
 DISK_SIZE = size(16 << 20)
 DRIVER = choice({"file": "file", "json-file": "file", "none": "none"})
 _LAYER = "[a-z][a-z0-9-]{0,31}"
-_NAMED = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]*")
+VOLUME_SIZE = size(record.MIN_BYTES)
+_BIND, _VOLUME = "bind", "volume"
+_VOLUME_NAME = text(record.NAME.pattern, f"a volume's name ({record.NAME.pattern})", 128)
 
 
 def _read_volumes(value: object, path: str, problems: Problems) -> tuple[Volume, ...] | None:
@@ -36,15 +39,23 @@ def _volume(entry: object, path: str, problems: Problems) -> Volume | None:
     parts = known_keys(entry, path, problems, ("type", "source", "target", "read_only"))
     if parts is None:
         return None
-    if parts.get("type", "bind") != "bind":
-        problems.add(f"{path}.type", f"{quote(parts['type'])} is not supported yet; use bind")
-        return None
-    source = _source(parts.get("source"), f"{path}.source", problems)
+    kind = _kind(parts, f"{path}.type", problems)
+    source = _source(parts.get("source"), f"{path}.source", problems, kind)
     target = _target(parts.get("target"), f"{path}.target", problems)
     read_only = FLAG.read(parts.get("read_only", False), f"{path}.read_only", problems)
-    if source is None or target is None or read_only is None:
+    if kind is None or source is None or target is None or read_only is None:
         return None
     return Volume(source, target, read_only)
+
+
+def _kind(parts: dict[str, object], path: str, problems: Problems) -> str | None:
+    """bind or volume; where it is not said, as the source looks."""
+    source = parts.get("source")
+    kind = parts.get("type", _BIND if not isinstance(source, str) or "/" in source else _VOLUME)
+    if isinstance(kind, str) and kind in (_BIND, _VOLUME):
+        return kind
+    problems.add(path, f"{quote(kind)} is not one of {_BIND}, {_VOLUME}")
+    return None
 
 
 def _short(entry: str, path: str, problems: Problems) -> Volume | None:
@@ -56,15 +67,22 @@ def _short(entry: str, path: str, problems: Problems) -> Volume | None:
     if colon and mode not in {"ro", "rw"}:
         problems.add(path, f"{quote(mode)} is not one of ro, rw")
         return None
-    source, target = _source(source_text, path, problems), _target(target_text, path, problems)
+    kind = _BIND if "/" in source_text or source_text in {".", ".."} else _VOLUME
+    source, target = _source(source_text, path, problems, kind), _target(target_text, path, problems)
     return None if source is None or target is None else Volume(source, target, mode == "ro")
 
 
-def _source(value: object, path: str, problems: Problems) -> str | None:
-    if isinstance(value, str) and _NAMED.fullmatch(value):
-        problems.add(path, f"{quote(value)} names a volume; named volumes are not supported yet, give a path")
+def _source(value: object, path: str, problems: Problems, kind: str | None) -> str | None:
+    if kind == _BIND and isinstance(value, str) and record.NAME.fullmatch(value):
+        problems.add(path, f"{quote(value)} names a volume: give a path, or type: volume")
         return None
-    return absolute(value, path, problems, "an absolute path of this machine")
+    if kind != _VOLUME:
+        return absolute(value, path, problems, "an absolute path of this machine")
+    if value is None:
+        problems.add(path, "is missing: volumes without a name are not supported")
+        return None
+    name: str | None = _VOLUME_NAME.read(value, path, problems)
+    return name
 
 
 def _target(value: object, path: str, problems: Problems) -> str | None:
@@ -75,29 +93,29 @@ def _target(value: object, path: str, problems: Problems) -> str | None:
     return target
 
 
+def named_volumes(value: object) -> tuple[Volume, ...]:
+    """The named volumes of a service's ``volumes``, whatever else is wrong with it: for handles of other versions."""
+    found = _read_volumes(value, "", Problems()) if value else None
+    return tuple(volume for volume in found or () if volume.named)
+
+
 def write_volume(volume: Volume) -> dict[str, object]:
-    written: dict[str, object] = {"type": "bind", "source": volume.source, "target": volume.target}
+    kind = _VOLUME if volume.named else _BIND
+    written: dict[str, object] = {"type": kind, "source": volume.source, "target": volume.target}
     return {**written, "read_only": True} if volume.read_only else written
 
 
-_LONG: Schema = {
-    "type": "object",
-    "properties": {
-        "type": {"enum": ["bind"]},
-        "source": PATH.schema,
-        "target": PATH.schema,
-        "read_only": FLAG.schema,
-    },
-    "required": ["source", "target"],
-    "additionalProperties": False,
-}
+def _long(kind: str, source: Schema) -> Schema:
+    properties = {"type": {"enum": [kind]}, "source": source, "target": PATH.schema, "read_only": FLAG.schema}
+    required = ["source", "target"]
+    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+
+
+_SHORT: Schema = {"type": "string", "pattern": f"^(/[^:]*|{record.NAME.pattern}):/[^:]+(:(ro|rw))?$"}
+_FORMS = [_SHORT, _long(_BIND, PATH.schema), _long(_VOLUME, _VOLUME_NAME.schema)]
 VOLUMES = Kind(
     _read_volumes,
-    {
-        "type": "array",
-        "maxItems": MAX_VOLUMES,
-        "items": {"anyOf": [{"type": "string", "pattern": "^/[^:]*:/[^:]+(:(ro|rw))?$"}, _LONG]},
-    },
+    {"type": "array", "maxItems": MAX_VOLUMES, "items": {"anyOf": _FORMS}},
     lambda volumes: [write_volume(volume) for volume in volumes],
 )
 

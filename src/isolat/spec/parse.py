@@ -61,7 +61,7 @@ KEYS: tuple[Key, ...] = (
     Key("cpus", "cpus", values.number(0.01, 4096), "how many CPUs' time it may use"),
     Key("cpu_shares", "cpu_shares", values.whole(2, 262144), "weight against others when CPUs are short"),
     Key("pids_limit", "pids_limit", values.whole(1, 4194304, "; there is always a limit"), "processes"),
-    Key("volumes", "volumes", mounts.VOLUMES, "SOURCE:TARGET[:ro], or maps of type bind"),
+    Key("volumes", "volumes", mounts.VOLUMES, "SOURCE:TARGET[:ro], or maps of type bind or volume"),
     Key("tmpfs", "tmpfs", mounts.TMPFS, "TARGET or TARGET:size=64m; one or a list"),
     Key("labels", "labels", values.pairs(True), "a map or a list of NAME=value"),
     Key("stop_grace_period", "stop_grace_s", values.duration(0, 86400), "between asking and killing"),

@@ -80,16 +80,30 @@ class Writer:
 
 def copy_data(source: int, at: int, target: int, to: int, size: int) -> None:
     """``size`` bytes from ``at`` on to ``to`` on, without what is a hole or no longer there."""
+    for begin, end in _data(source, at, size):
+        if _copy_range(source, at, target, to, begin, end) < end:
+            return
+
+
+def data_bytes(source: int, at: int, size: int) -> int:
+    """How many of the ``size`` bytes from ``at`` on are no hole."""
+    return sum(end - begin for begin, end in _data(source, at, size))
+
+
+def _data(source: int, at: int, size: int) -> Iterator[tuple[int, int]]:
+    """Beginning and end of what is no hole, counted from ``at``."""
     done = 0
     while done < size:
         try:
             begin = os.lseek(source, at + done, os.SEEK_DATA) - at
-            end = os.lseek(source, at + begin, os.SEEK_HOLE) - at
+            end = min(os.lseek(source, at + begin, os.SEEK_HOLE) - at, size)
         except OSError as error:
             if error.errno != errno.ENXIO:
                 raise
             return
-        done = _copy_range(source, at, target, to, begin, min(end, size)) if begin < size else size
+        if begin < size:
+            yield begin, end
+        done = max(end, begin)
 
 
 def _copy_range(source: int, at: int, target: int, to: int, begin: int, end: int) -> int:

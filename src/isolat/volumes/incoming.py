@@ -6,8 +6,9 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from isolat.volumes.archive import DIRECTORY, FIFO, FILE, LINK, NAME_MAX, SYMLINK, Entry, Writer
+from isolat.volumes.archive import DIRECTORY, FIFO, FILE, LINK, NAME_MAX, SYMLINK, Entry
 from isolat.volumes.base import LEFT_OUT, Known, known
 
 DEPTH_MAX = 256
@@ -18,11 +19,18 @@ _KINDS = {stat.S_IFREG: FILE, stat.S_IFDIR: DIRECTORY, stat.S_IFLNK: SYMLINK, st
 Tell = Callable[[bytes, str], None]
 
 
+class Sink(Protocol):
+    """Where what is found goes."""
+
+    def add(self, entry: Entry, source: int = -1) -> None:
+        """``source``: the open file whose first ``entry.size`` bytes are its content."""
+
+
 @dataclass
 class Incoming:
     """``tell`` hears of what is left out, and why: devices, sockets, what the caller may not read."""
 
-    writer: Writer
+    writer: Sink
     uid: int  # whose files are root's inside; root's volumes keep every number
     gid: int
     tell: Tell

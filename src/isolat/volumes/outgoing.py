@@ -13,7 +13,7 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from isolat.volumes.archive import DIRECTORY, FIFO, FILE, LINK, SYMLINK, Damaged, Entry, Reader, copy_data
+from isolat.volumes.archive import DIRECTORY, FIFO, FILE, LINK, SYMLINK, Damaged, Entry, Reader, copy_data, data_bytes
 from isolat.volumes.base import LEFT_OUT, Known, known
 
 _PART_MAX = 255
@@ -32,6 +32,10 @@ class InTheWay(Exception):
     """Why one entry is not carried out."""
 
 
+class TooMuch(Exception):
+    """What a volume would then hold is more than it may."""
+
+
 @dataclass
 class Outgoing:
     """``volumes``: name to O_PATH descriptor. ``beside``: a name that nothing of anybody has. ``tell``: see above."""
@@ -43,6 +47,36 @@ class Outgoing:
     beside: bytes
     tell: Tell
     _rewritten: set[bytes] = field(default_factory=set)
+
+    def check_room(self, room: Mapping[bytes, int]) -> None:
+        """Raises TooMuch where what comes takes so much more than what goes. ``room``: volume to bytes.
+
+        Counted is data, not holes; what cannot be looked at counts as if nothing went.
+        """
+        more = dict.fromkeys(room, 0)
+        there: dict[bytes, bytes] = {}
+        for entry, offset in Reader(self.archive):
+            there[entry.path] = entry.kind
+            volume = entry.path.split(b"/", 1)[0]
+            if volume in more and entry.kind == FILE and not entry.same:
+                more[volume] += data_bytes(self.archive, offset, entry.size) - self._taken(entry.path)
+        for path, was in self.base.items():
+            volume = path.split(b"/", 1)[0]
+            if volume in more and was.kind == FILE and there.get(path) != FILE:
+                more[volume] -= self._taken(path)
+        for volume, bytes_ in more.items():
+            if bytes_ > room[volume]:
+                name, free = os.fsdecode(volume), max(0, room[volume]) >> 20
+                raise TooMuch(f"{name}: what was written takes {_mib(bytes_)} MiB more, and {free} MiB are left in it")
+
+    def _taken(self, path: bytes) -> int:
+        """What is given back when the file at this path goes, or is replaced: nothing where it has other names."""
+        if b"/" not in path:
+            return 0
+        with contextlib.suppress(OSError, InTheWay), self._parent(path) as (dir_fd, name):
+            st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+            return st.st_blocks * 512 if stat.S_ISREG(st.st_mode) and st.st_nlink == 1 else 0
+        return 0
 
     def carry_out(self) -> None:
         """Raises Damaged, before anything is changed, for what is no whole archive of a machine.
@@ -220,6 +254,10 @@ def _part(name: bytes) -> bool:
 def _type(kind: bytes | None) -> bytes | None:
     """The first and the further names of a file are of one kind."""
     return FILE if kind == LINK else kind
+
+
+def _mib(count: int) -> int:
+    return -(-count // (1 << 20))
 
 
 def _changed(st: os.stat_result, was: Known) -> bool:

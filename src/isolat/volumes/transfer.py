@@ -29,6 +29,8 @@ class Volume:
     fd: int  # of its source, opened by the caller with O_PATH; -1: nobody holds it any more
     read_only: bool = False
     path: str = ""  # where it was: on the way back it is opened again, where it is still the same
+    named: bool = False  # its owners are those of the inside: carried as root, whoever the caller is
+    room_bytes: int = -1  # how much more may be in it than is; -1: nobody bounds it
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,18 @@ def take_back(path: Path, volumes: Sequence[Volume], owner: Owner, mark: str, d:
             raise StoreError(str(error), stage=_STAGE) from None
 
 
+def seed(source: int, target: int, d: Deadline) -> list[str]:
+    """Put everything below the directory ``source`` into ``target``, which is empty. What was left out, in words.
+
+    Both are descriptors, opened with O_PATH. Raises StoreError where not all of it could be made.
+    """
+    image = _option(Volume("image", source, read_only=True, named=True))
+    try:
+        return _run("seed", [image], ["--target", str(target)], (source, target), d)
+    except _Refused as error:
+        raise StoreError(str(error), stage=_STAGE) from None
+
+
 def is_finished(path: Path) -> bool:
     """Whether the machine has written the whole archive. Nothing but its first block is looked at."""
     with contextlib.suppress(OSError), path.open("rb") as file:
@@ -90,11 +104,21 @@ class _Refused(Exception):
 def _work(
     way: str, volumes: Sequence[Volume], owner: Owner, archive: int, base: int, options: list[str], d: Deadline
 ) -> list[str]:
-    argv = [sys.executable, "-I", "-S", str(_WORKER), way, *options]
-    argv += ["--uid", str(owner.uid), "--gid", str(owner.gid), "--archive", str(archive), "--base", str(base)]
+    words = ["--uid", str(owner.uid), "--gid", str(owner.gid), "--archive", str(archive), "--base", str(base)]
+    given = [_option(volume) for volume in volumes if volume.fd >= 0]
     for volume in volumes:
-        open_ = ["--volume", f"{volume.name}:{volume.fd}:{'ro' if volume.read_only else 'rw'}"]
-        argv += open_ if volume.fd >= 0 else ["--reopen", volume.name, volume.path]
+        words += [] if volume.fd >= 0 else ["--reopen", volume.name, volume.path]
+    fds = (archive, base, *(volume.fd for volume in volumes if volume.fd >= 0))
+    return _run(way, given, [*options, *words], fds, d)
+
+
+def _option(volume: Volume) -> str:
+    mode, whose = "ro" if volume.read_only else "rw", "named" if volume.named else "given"
+    return f"--volume={volume.name}:{volume.fd}:{mode}:{whose}:{volume.room_bytes}"
+
+
+def _run(way: str, volumes: Sequence[str], options: Sequence[str], fds: Sequence[int], d: Deadline) -> list[str]:
+    argv = [sys.executable, "-I", "-S", str(_WORKER), way, *options, *volumes]
     left: list[str] = []
     failed: list[str] = []
 
@@ -107,7 +131,6 @@ def _work(
                 left.append(f"{said['left']}: {said['why']}")
 
     try:
-        fds = [archive, base, *(volume.fd for volume in volumes if volume.fd >= 0)]
         child.run(argv, f"copying volumes {way}", d, on_line=take, pass_fds=fds)
     except StoreError:
         if failed:

@@ -1,9 +1,12 @@
-"""Carry volumes one way, as the caller they are of. A program: ``python -I -S worker.py in|out OPTION…``
+"""Carry volumes one way, as those they are of. A program: ``python -I -S worker.py in|out|seed OPTION…``
 
 It is given open descriptors and opens nothing by path, but for what nobody holds open any more. Before it looks at
 anything it gives up what it does not need: it dies with whoever started it (PR_SET_PDEATHSIG), has no network and no
-further privileges, and is the caller with none of its groups, as the inside of a container is: what the caller may not
-read is not read for them, and what they may not write is not written.
+further privileges. Named volumes are first, as root: their owners are those of the inside. Then it is the caller with
+none of its groups, as the inside of a container is: what the caller may not read is not read for them, and what they
+may not write is not written.
+
+``seed`` puts what an image has at a volume's place into the volume, which is empty.
 
 It writes lines of JSON: ``{"left": PATH, "why": WHY}`` for each thing that was not carried, ``{"failed": WHY}`` last
 where nothing was.
@@ -18,6 +21,8 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -26,7 +31,8 @@ if __name__ == "__main__":
 from isolat.volumes import base
 from isolat.volumes.archive import Damaged, Reader, Writer
 from isolat.volumes.incoming import Incoming
-from isolat.volumes.outgoing import Outgoing
+from isolat.volumes.outgoing import Outgoing, TooMuch
+from isolat.volumes.planting import Full, Planter
 
 LEFT_MAX = 1000  # told of; a machine could otherwise fill the daemon's memory
 FAILED = 3
@@ -40,14 +46,14 @@ _told = 0
 
 def main() -> int:
     asked = _arguments()
-    _confine(asked.uid, asked.gid)
+    _confine()
     try:
-        (_in if asked.way == "in" else _out)(asked)
+        {"in": _in, "out": _out, "seed": _seed}[asked.way](asked)
     except Damaged as error:
         return _failed(f"the archive can't be used: {error}")
     except (OSError, MemoryError) as error:
         return _failed(str(getattr(error, "strerror", None) or error or "out of memory"))
-    except Refused as error:
+    except (Refused, TooMuch, Full) as error:
         return _failed(str(error))
     return 0
 
@@ -56,59 +62,103 @@ class Refused(Exception):
     pass
 
 
+@dataclass(frozen=True)
+class _Volume:
+    name: bytes
+    fd: int
+    read_only: bool
+    named: bool
+    room: int  # bytes that there is still room for; -1: nobody bounds it
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    parser.add_argument("way", choices=("in", "out"))
-    for name in ("uid", "gid", "archive", "base", "limit"):
+    parser.add_argument("way", choices=("in", "out", "seed"))
+    for name in ("uid", "gid", "archive", "base", "limit", "target"):
         parser.add_argument(f"--{name}", type=int, default=-1)
     parser.add_argument("--beside", default="")
-    parser.add_argument("--volume", action="append", default=[])  # NAME:DESCRIPTOR:ro|rw
+    parser.add_argument("--volume", action="append", default=[], type=_volume)
     parser.add_argument("--reopen", action="append", default=[], nargs=2)  # NAME PATH
     return parser.parse_args()
 
 
-def _confine(uid: int, gid: int) -> None:
+def _volume(text: str) -> _Volume:
+    """``NAME:DESCRIPTOR:ro|rw:given|named:ROOM``"""
+    name, fd, mode, whose, room = text.split(":")
+    return _Volume(os.fsencode(name), int(fd), mode == "ro", whose == "named", int(room))
+
+
+def _confine() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
-    parent = os.getppid()
     if os.geteuid() == 0:
         libc.unshare(_CLONE_NEWNET | _CLONE_NEWIPC)
         os.setgroups([])
-        os.setresgid(gid, gid, gid)
-        os.setresuid(uid, uid, uid)
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # after the change of user, which clears it
     libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    if os.getppid() != parent:
-        raise SystemExit("whoever started this is gone")
+    _die_with(os.getppid())
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
     os.umask(0)
 
 
-def _volumes(asked: argparse.Namespace) -> list[tuple[bytes, int, bool]]:
-    parts = [text.split(":") for text in asked.volume]
-    return [(os.fsencode(name), int(fd), mode == "ro") for name, fd, mode in parts]
+def _die_with(parent: int) -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        raise SystemExit("whoever started this is gone")
+
+
+def _become(uid: int, gid: int) -> None:
+    if os.geteuid() != 0 or uid == 0:
+        return
+    parent = os.getppid()
+    os.setresgid(gid, gid, gid)
+    os.setresuid(uid, uid, uid)
+    _die_with(parent)  # the change of user has cleared it
+
+
+def _passes(asked: argparse.Namespace) -> Iterator[tuple[list[_Volume], bool]]:
+    """The volumes, and whether they are named ones: those first, since rights that are given up do not come back."""
+    named = [volume for volume in asked.volume if volume.named]
+    if named:
+        yield named, True
+    _become(asked.uid, asked.gid)
+    yield [volume for volume in asked.volume if not volume.named], False
 
 
 def _in(asked: argparse.Namespace) -> None:
     writer = Writer(asked.archive, asked.limit)
-    incoming = Incoming(writer, asked.uid, asked.gid, _tell)
-    for name, fd, read_only in _volumes(asked):
-        incoming.add(name, fd, read_only)
+    rows = []
+    for volumes, named in _passes(asked):
+        incoming = Incoming(writer, 0 if named else asked.uid, 0 if named else asked.gid, _tell)
+        for volume in volumes:
+            incoming.add(volume.name, volume.fd, volume.read_only)
+        rows += incoming.base
     writer.finish()
     if not writer.fits:
         raise Refused(f"they take {_mib(writer.offset)} MiB, and the environment's disk has {_mib(asked.limit)} MiB")
-    base.write(asked.base, {os.fsdecode(name): _identity(fd) for name, fd, _ in _volumes(asked)}, incoming.base)
+    base.write(asked.base, {os.fsdecode(volume.name): _identity(volume.fd) for volume in asked.volume}, rows)
 
 
 def _out(asked: argparse.Namespace) -> None:
     if not Reader(asked.archive).finished():
         raise Damaged("it is not finished")
     sources, known = base.read(asked.base)
-    volumes = {name: fd for name, fd, _ in _volumes(asked)}
-    volumes |= {os.fsencode(name): _reopened(path, sources[name]) for name, path in asked.reopen}
     beside = os.fsencode(asked.beside)
-    Outgoing(asked.archive, known, volumes, os.geteuid() == 0, beside, _tell).carry_out()
+    for volumes, named in _passes(asked):
+        fds = {volume.name: volume.fd for volume in volumes}
+        if not named:
+            fds |= {os.fsencode(name): _reopened(path, sources[name]) for name, path in asked.reopen}
+        theirs = {path: one for path, one in known.items() if path.split(b"/", 1)[0] in fds}
+        outgoing = Outgoing(asked.archive, theirs, fds, os.geteuid() == 0, beside, _tell)
+        outgoing.check_room({volume.name: volume.room for volume in volumes if volume.room >= 0})
+        outgoing.carry_out()
+
+
+def _seed(asked: argparse.Namespace) -> None:
+    (source,) = asked.volume
+    planter = Planter(asked.target)
+    Incoming(planter, 0, 0, _tell).add(source.name, source.fd, read_only=True)
+    planter.finish()
 
 
 def _identity(fd: int) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from isolat.spec.model import Spec, Tmpfs, Volume
+from isolat.volumes import record
 
 MIB = 1 << 20
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=30)
@@ -16,6 +17,7 @@ COMPONENTS = TEXT.map(lambda text: text.replace("/", "_").replace(":", ";")).fil
     lambda text: text not in {"", ".", ".."}
 )
 PATHS = st.lists(COMPONENTS, min_size=1, max_size=4).map(lambda parts: "/" + "/".join(parts))
+VOLUMES = st.from_regex(record.NAME, fullmatch=True)
 VARIABLES = TEXT.map(lambda text: text.replace("=", "_")).filter(bool)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False, allow_infinity=False) | TEXT,
@@ -60,7 +62,7 @@ def specs(draw: st.DrawFn) -> Spec:
         "cpu_shares": draw(st.integers(2, 262144)),
         "pids_limit": draw(st.integers(1, 4194304)),
         "disk_bytes": draw(st.integers(16 * MIB, 1 << 50)),
-        "volumes": tuple(Volume(draw(PATHS), target, draw(st.booleans())) for target in targets[:split]),
+        "volumes": tuple(Volume(draw(PATHS | VOLUMES), target, draw(st.booleans())) for target in targets[:split]),
         "tmpfs": tuple(Tmpfs(target, draw(st.integers(4096, 1 << 50))) for target in targets[split:]),
         "labels": draw(_pairs()),
         "stop_grace_s": draw(_durations(0, 86400 * 10**9)),

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isolat.errors import SpecError
+from isolat.spec import mounts
 from isolat.spec.model import Spec, Tmpfs, Volume
 from isolat.spec.parse import KEYS, parse, parse_file, to_service
 
@@ -56,7 +57,7 @@ def test_null_means_not_given() -> None:
 
 def test_every_error_is_told_at_once_with_its_path() -> None:
     found = reasons(
-        {"imgae": "debian", "mem_limit": "1m", "environment": {"A": None}, "volumes": ["data:/data"], "cpus": 0},
+        {"imgae": "debian", "mem_limit": "1m", "environment": {"A": None}, "volumes": ["da?a:/data"], "cpus": 0},
         ".services.web",
     )
     assert [line.split(": ")[0] for line in found] == [
@@ -69,6 +70,32 @@ def test_every_error_is_told_at_once_with_its_path() -> None:
     ]
     assert "did you mean image?" in found[0]
     assert "6m" in found[1]
+
+
+def test_a_source_without_a_slash_is_a_volumes_name() -> None:
+    written = [
+        "data:/data",
+        "a.b:/b:ro",
+        {"source": "c", "target": "/c"},
+        {"type": "volume", "source": "d", "target": "/d"},
+    ]
+    found = parse({"image": "debian", "volumes": written}).volumes
+    assert found == (Volume("data", "/data"), Volume("a.b", "/b", True), Volume("c", "/c"), Volume("d", "/d"))
+    assert all(volume.named for volume in found)
+    assert not Volume("/data", "/data").named
+
+
+def test_named_volumes_are_found_in_whatever_a_handle_holds() -> None:
+    damaged = [
+        "data:/data",
+        "/a:/b",
+        3,
+        {"type": "volume", "source": "d", "target": "/d", "new": 1},
+        "e:/e:new",
+        "f:/f",
+    ]
+    assert [volume.source for volume in mounts.named_volumes(damaged)] == ["data", "d", "f"]
+    assert mounts.named_volumes(None) == mounts.named_volumes("data:/data") == ()
 
 
 @pytest.mark.parametrize(
@@ -123,7 +150,14 @@ def test_every_error_is_told_at_once_with_its_path() -> None:
         ("volumes", ["/a:/b/../c"], ".."),
         ("volumes", ["./a:/b"], "absolute path of this machine"),
         ("volumes", ["/a:/b", "/c:/b"], "already a target"),
-        ("volumes", [{"type": "volume", "source": "/a", "target": "/b"}], "not supported yet"),
+        ("volumes", [{"type": "volume", "source": "/a", "target": "/b"}], "not a volume's name"),
+        ("volumes", [{"type": "volume", "target": "/b"}], "volumes without a name"),
+        ("volumes", [{"type": "bind", "source": "data", "target": "/b"}], "type: volume"),
+        ("volumes", [{"type": "tmpfs", "source": "data", "target": "/b"}], "not one of bind, volume"),
+        ("volumes", [{"type": "volume", "source": "data", "target": "/b", "volume": {"nocopy": True}}], "not known"),
+        ("volumes", ["data:/b:z"], "ro, rw"),
+        ("volumes", ["-data:/b"], "not a volume's name"),
+        ("volumes", ["d" * 129 + ":/b"], "at most 128"),
         ("volumes", [{"source": "/a"}], "must be text, not nothing"),
         ("volumes", [{"source": "/a", "target": "/b", "readonly": True}], "did you mean read_only"),
         ("volumes", ["/a:/b"] * 65, "at most 64"),
