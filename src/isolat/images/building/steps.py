@@ -1,0 +1,82 @@
+"""What buildah says while it builds, understood: which step it is at, and why it failed. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Callable
+
+TAIL_LINES = 20
+
+_STEP = re.compile(r"(?:\[\d+/\d+\] )?STEP (\d+)/(\d+): (.*)")
+_ERROR = re.compile(r'(?:Error: )(?:building at STEP "(.*?)(?<!\\)": )?(.*)')
+_EXIT = re.compile(r"exit status (\d+)$")
+_OWN = re.compile(r'time="[^"]*" level=\w+ msg="(.*)"$')
+_STEP_LETTERS = 120
+_DISK = ("no space left on device", "disk quota exceeded")
+_NETWORK_HINT = "a RUN step has no network unless the build gets it: isolat build --network host"
+
+
+class Watch:
+    """Takes every line, passes on what is for people, remembers what an error needs."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell = tell
+        self.tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self.step = ""
+        self.steps = 0
+        self.error = ""
+
+    def line(self, text: str) -> None:
+        found = _STEP.fullmatch(text)
+        if found:
+            self.steps += 1
+            self.step = f"step {found[1]} ({shorten(found[3])})"
+            self.tail.clear()
+        own = _OWN.fullmatch(text)
+        failed = _ERROR.match(text)
+        if failed:
+            self.error = failed[2]
+            return  # told at the end, in our words
+        if own:
+            return  # the same, or what people can't act on
+        if not found:
+            self.tail.append(text)
+        self._tell(text)
+
+    @property
+    def exit_code(self) -> int | None:
+        """What the failing RUN step ended with, where it was one that ran."""
+        found = _EXIT.search(self.error)
+        return int(found[1]) if found else None
+
+    @property
+    def full(self) -> bool:
+        """Whether a disk limit was met."""
+        text = "\n".join((*self.tail, self.error)).lower()
+        return any(word in text for word in _DISK)
+
+    @property
+    def ran(self) -> bool:
+        """Whether the step that failed is a RUN."""
+        return "(RUN " in self.step
+
+    def why(self) -> str:
+        """The sentence that says what failed."""
+        if not self.step:
+            return f"could not build: {self.error or 'buildah did not say why'}"
+        if self.exit_code is not None and self.ran:
+            return f"could not build: {self.step} ended with code {self.exit_code}"
+        return f"could not build: {self.step}: {self.error or 'buildah did not say why'}"
+
+
+def shorten(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _STEP_LETTERS else f"{text[: _STEP_LETTERS - 1]}…"
+
+
+def network_hint(watch: Watch, *, host_network: bool) -> str:
+    """What to do where the missing network may be the reason: in a RUN, or an ADD from elsewhere."""
+    if host_network or not (watch.ran or "(ADD http" in watch.step):
+        return ""
+    return _NETWORK_HINT if watch.ran else "isolat build --network host"
