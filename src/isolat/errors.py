@@ -22,6 +22,7 @@ The library raises; only the command line turns an error into text and an exit c
     ├── ProtocolError         protocol         a peer sent what the protocol does not allow
     ├── DaemonUnavailable     daemon           the daemon cannot be reached or started
     ├── StoreError            store            an image could not be built or is damaged
+    │   ├── BuildFailed       build            a Containerfile does not build; ``details`` is what its step wrote (exit 1)
     │   └── InvalidImage      invalid-image    what came from elsewhere breaks the rules; ``stage`` names which
     └── InternalError         internal         a defect of Isolat itself
 """
@@ -30,6 +31,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+EXIT_BUILD = 1
 EXIT_OURS = 125
 EXIT_NOT_EXECUTABLE = 126
 EXIT_NOT_FOUND = 127
@@ -139,6 +141,13 @@ class DaemonUnavailable(IsolatError):
 
 class StoreError(IsolatError):
     code = "store"
+
+
+class BuildFailed(StoreError):
+    """A Containerfile that does not build, as opposed to whatever else can go wrong when one is built."""
+
+    code = "build"
+    exit_code = EXIT_BUILD
 
 
 class InvalidImage(StoreError):
