@@ -101,7 +101,7 @@ _RUN_OPTIONS = (
         "--layer --runtime", VALUE, "the layer, or a stack from the hardware up: microvm/container", "LAYER", "layer"
     ),
     _ENV,
-    Option("-v --volume", LIST, "make a directory or file visible inside", "SOURCE:TARGET[:ro]"),
+    Option("-v --volume", LIST, "a named volume, or a directory or file, visible inside", "SOURCE:TARGET[:ro]"),
     _WORKDIR,
     _USER,
     Option("--entrypoint", VALUE, "instead of the image's; empty: none", "COMMAND"),

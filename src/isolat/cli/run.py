@@ -81,12 +81,12 @@ def _attached(root: str, service: dict[str, Any], fds: list[int], parsed: o.Pars
             ending, broken = pump(request, relay, parsed.flag("interactive"), tty)
             if ending.kind == "detached":
                 return 0
-            seconds = _CARRIED_S if fds else _FINAL_S
+            seconds = _CARRIED_S if "volumes" in service else _FINAL_S
             return exit_code(ending, broken, final(root, request, parsed.flag("rm"), ending, seconds))
 
 
 def build(parsed: o.Parsed) -> tuple[dict[str, Any], list[int]]:
-    """The service, and a descriptor for each volume in order."""
+    """The service, and a descriptor for each volume in order that is a directory or file."""
     values = parsed.values
     service: dict[str, Any] = {"image": parsed.words[0]}
     if len(parsed.words) > 1:
@@ -113,7 +113,7 @@ def build(parsed: o.Parsed) -> tuple[dict[str, Any], list[int]]:
 
         opened = [volumes.open_source(*volumes.parse(text)) for text in values["volume"]]
         service["volumes"] = [volume for volume, _ in opened]
-        fds = [fd for _, fd in opened]
+        fds = [fd for _, fd in opened if fd >= 0]
     return service, fds
 
 

@@ -59,7 +59,7 @@ def reset(parsed: o.Parsed) -> int:
         return 0
     if os.geteuid() != 0:
         raise Refused("system reset needs root", hint="run it with sudo")
-    if not parsed.flag("yes") and not ask(f"Remove every environment and image of {root}?"):
+    if not parsed.flag("yes") and not ask(f"Remove every environment, image and volume of {root}?"):
         tables.print_lines(["nothing was removed"])
         return EXIT_OURS
     with connect.call(root, "reset", {}) as request:

@@ -90,6 +90,18 @@ VERBS: dict[str, Verb] = {
         Verb("snapshot ls", "", "list snapshots", "snapshots:ls", _IMAGES_OPTIONS),
         Verb("snapshot rm", "SNAPSHOT…", "remove snapshots; what was made from them goes on", "snapshots:rm",
              (), (1, None)),
+        Verb(
+            "volume create", "[NAME]", "make a volume, and print its name", "volumes:create",
+            (Option("--size", VALUE, "how much may be in it (default: 10g)", "SIZE"),
+             Option("--label", LIST, "whatever helps you to find it", "NAME[=VALUE]"), JSON), (0, 1),
+        ),
+        Verb("volume ls", "", "list volumes", "volumes:ls", (Option("-q --quiet", FLAG, "only names"), JSON)),
+        Verb("volume inspect", "VOLUME…", "everything known of them, as JSON", "volumes:inspect", (JSON,), (1, None)),
+        Verb(
+            "volume rm", "VOLUME…", "remove volumes with all that is in them", "volumes:rm",
+            (Option(_FORCE, FLAG, "what is not there is fine"),), (1, None),
+        ),
+        Verb("volume prune", "", "remove the volumes that nobody uses", "volumes:prune", (_YES, JSON)),
         Verb("doctor", "", "what this machine allows, by trying", "system:doctor", (JSON,)),
         Verb(
             "setup", "", "install what is missing", "system:setup",
@@ -105,7 +117,7 @@ VERBS: dict[str, Verb] = {
             (Option("--deep", FLAG, "also make each image's file system again, and compare"), JSON),
         ),
         Verb(
-            "system reset", "", "remove every environment, image and trace", "system:reset",
+            "system reset", "", "remove every environment, image, volume and trace", "system:reset",
             (Option("-y --yes -f --force", FLAG, "do not ask", dest="yes"),),
         ),
         Verb("system shutdown", "", "end the daemon; environments go on", "system:shutdown"),

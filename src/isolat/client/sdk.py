@@ -241,6 +241,40 @@ class Client:
         """What was made from it goes on."""
         self._ask("snapshot_rm", {"snapshot": snapshot})
 
+    def create_volume(
+        self, name: str = "", *, size: int | str | None = None, labels: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
+        """A named volume; the one that is there already, where it has this size. ``size``: bytes, or ``10g``."""
+        args = {"name": name, "size": size, "labels": dict(labels or {})}
+        found: dict[str, Any] = self._ask("volume_create", args)
+        return found
+
+    def volumes(self) -> list[dict[str, Any]]:
+        """Every named volume: what it may hold and holds, and who uses it."""
+        found: list[dict[str, Any]] = self._ask("volumes", {})["volumes"]
+        return found
+
+    def volume(self, name: str) -> dict[str, Any]:
+        """One of them. Raises NotFound."""
+        found: dict[str, Any] = self._ask("volume_inspect", {"volume": name})
+        return found
+
+    def remove_volume(self, name: str, *, force: bool = False) -> None:
+        """Remove it with all that is in it; with ``force`` what is not there is fine.
+
+        Raises Conflict while it is used.
+        """
+        try:
+            self._ask("volume_rm", {"volume": name})
+        except IsolatError as error:
+            if not (force and error.code == "not-found"):
+                raise
+
+    def prune_volumes(self) -> list[dict[str, Any]]:
+        """Remove those that nobody uses; each with the bytes that are free again."""
+        found: list[dict[str, Any]] = self._ask("volume_prune", {})["removed"]
+        return found
+
     def images(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = self._ask("images", {})["images"]
         return found

@@ -10,8 +10,8 @@ from isolat.client import volumes as sources
 
 
 class Options(TypedDict, total=False):
-    """What an environment may be given (docs/spec.md). ``volumes`` maps a source to ``TARGET`` or ``TARGET:ro``;
-    ``options`` maps a layer to what only that layer understands."""
+    """What an environment may be given (docs/spec.md). ``volumes`` maps a source, which is a volume's name or a path
+    with a slash, to ``TARGET`` or ``TARGET:ro``; ``options`` maps a layer to what only that layer understands."""
 
     name: str
     layer: str
@@ -56,7 +56,10 @@ _OTHERS = {"disk", "log_driver", "volumes", "options"}
 def service(
     image: str, command: Sequence[str] | str = (), *, stdin: bool = False, **options: Unpack[Options]
 ) -> tuple[dict[str, Any], list[int]]:
-    """The service, and a descriptor for each volume, which the caller closes. Raises TypeError as a call does."""
+    """The service, and a descriptor for each volume that is a directory or file, which the caller closes.
+
+    Raises TypeError as a call does.
+    """
     for name in options:
         if name not in _KEYS and name not in _OTHERS:
             raise TypeError(f"there is no option {name!r}")
@@ -92,7 +95,8 @@ def _open(volumes: Mapping[str, str]) -> tuple[list[dict[str, Any]], list[int]]:
         for source, target in volumes.items():
             volume, fd = sources.open_source(source, target.removesuffix(":ro"), target.endswith(":ro"))
             mounted.append(volume)
-            fds.append(fd)
+            if fd >= 0:
+                fds.append(fd)
     except BaseException:
         for fd in fds:
             os.close(fd)

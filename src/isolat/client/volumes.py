@@ -1,7 +1,7 @@
-"""Sources of volumes, opened with the caller's own rights before the daemon hears of them.
+"""Sources of volumes: directories and files are opened with the caller's own rights before the daemon hears of them.
 
 The daemon mounts what the descriptor is, so it can neither be talked into a path that the caller may not reach nor
-be shown another one after the check.
+be shown another one after the check. A source without a slash is a named volume, which the daemon has.
 """
 
 from __future__ import annotations
@@ -29,22 +29,27 @@ def parse(text: str) -> tuple[str, str, bool]:
         raise _error(f"not a volume: {text}", "SOURCE:TARGET or SOURCE:TARGET:ro")
     if colon and mode not in {"ro", "rw"}:
         raise _error(f"not a mode of a volume: {mode}, in {text}", "ro or rw")
-    if "/" not in source and source not in {".", ".."}:
-        raise _error(
-            f"named volumes are not supported yet: {source}", f"for the directory of that name: ./{source}:{target}"
-        )
     return source, target, mode == "ro"
 
 
 def open_source(source: str, target: str, read_only: bool) -> tuple[dict[str, Any], int]:
-    """The volume as the spec has it, with the source's real path, and a descriptor of the source."""
+    """The volume as the spec has it, with the source's real path, and a descriptor of the source.
+
+    -1 for a named volume.
+    """
+    if "/" not in source and source not in {".", ".."}:
+        return _volume("volume", source, target, read_only), -1
     try:
         fd = posix.open(source, posix.O_PATH | posix.O_CLOEXEC)
         real = posix.readlink(f"/proc/self/fd/{fd}")
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or str(error)
         raise _error(f"the source of a volume cannot be opened: {source}: {why}") from error
-    volume: dict[str, Any] = {"type": "bind", "source": real, "target": target}
+    return _volume("bind", real, target, read_only), fd
+
+
+def _volume(kind: str, source: str, target: str, read_only: bool) -> dict[str, Any]:
+    volume: dict[str, Any] = {"type": kind, "source": source, "target": target}
     if read_only:
         volume["read_only"] = True
-    return volume, fd
+    return volume

@@ -13,6 +13,7 @@ from isolat import __version__
 from isolat.daemon import snapshots as s
 from isolat.daemon import templates as t
 from isolat.daemon import upkeep
+from isolat.daemon import volumes as v
 from isolat.daemon.arguments import Arguments
 from isolat.daemon.call import Answer, Call
 from isolat.deadline import Deadline
@@ -332,6 +333,11 @@ VERBS: dict[str, Callable[[Call], Answer]] = {
     "templates": t.templates,
     "template_rm": t.template_rm,
     "template_prune": t.template_prune,
+    "volume_create": v.volume_create,
+    "volumes": v.volumes,
+    "volume_inspect": v.volume_inspect,
+    "volume_rm": v.volume_rm,
+    "volume_prune": v.volume_prune,
     "usage": upkeep.usage,
     "prune": upkeep.prune,
     "check": upkeep.check,

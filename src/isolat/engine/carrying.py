@@ -13,11 +13,13 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 from isolat.checkpoint import checkpoint
 from isolat.deadline import Deadline
 from isolat.engine.environment import Environment
 from isolat.engine.journal import log
+from isolat.engine.volumes import Volumes
 from isolat.errors import IsolatError, Lost, NotFound
 from isolat.layers.volumes import source_name
 from isolat.places.base import Facts
@@ -47,7 +49,7 @@ def carries(env: Environment) -> bool:
     return bool(frames and frames[0].option("carried")) and (env.directory / transfer.ARCHIVE).exists()
 
 
-def carry_back(env: Environment, facts: Facts) -> Carried:
+def carry_back(env: Environment, facts: Facts, named: Volumes) -> Carried:
     """Never raises what a machine or a volume may be the cause of: how its application ended is true all the same."""
     if not carries(env):
         return Carried()
@@ -56,7 +58,7 @@ def carry_back(env: Environment, facts: Facts) -> Carried:
         return Carried("its volumes are as they were: the machine did not get to hand over what it has changed there")
     checkpoint()
     try:
-        left = _carry(env, facts)
+        left = _carry(env, facts, named)
     except (IsolatError, OSError) as error:
         why = error.message if isinstance(error, IsolatError) else str(error)
         log(f"{env.name}: its volumes could not be carried back: {why}")
@@ -73,17 +75,24 @@ def carry_back(env: Environment, facts: Facts) -> Carried:
     return Carried(f"not everything in its volumes could be carried back: {transfer.in_words(left)}{where}")
 
 
-def _carry(env: Environment, facts: Facts) -> list[str]:
+def _carry(env: Environment, facts: Facts, named: Volumes) -> list[str]:
     uid, gid, writable = env.handle.frames[0].option("carried")
     d = Deadline(CARRY_S)
-    place = WiredPlace(env.live_link, facts)
+    archive = env.directory / transfer.ARCHIVE
     with ExitStack() as opened:
-        volumes = []
-        for n in writable:
-            fd = -1
-            with contextlib.suppress(Lost, NotFound):
-                fd = place.fetch(source_name(n), d)
-                opened.callback(os.close, fd)
-            volumes.append(transfer.Volume(str(n), fd, path=env.spec.volumes[n].source))
-        archive = env.directory / transfer.ARCHIVE
+        volumes = [_open(env, n, facts, named, archive, opened, d) for n in writable]
         return transfer.take_back(archive, volumes, transfer.Owner(uid, gid), env.id[:12], d)
+
+
+def _open(
+    env: Environment, n: int, facts: Facts, named: Volumes, archive: Path, opened: ExitStack, d: Deadline
+) -> transfer.Volume:
+    source = env.spec.volumes[n].source
+    if env.spec.volumes[n].named:
+        fd, room = opened.enter_context(named.room(source, archive.stat().st_blocks * 512))
+        return transfer.Volume(str(n), fd, named=True, room_bytes=room)
+    fd = -1
+    with contextlib.suppress(Lost, NotFound):
+        fd = WiredPlace(env.live_link, facts).fetch(source_name(n), d)
+        opened.callback(os.close, fd)
+    return transfer.Volume(str(n), fd, path=source)

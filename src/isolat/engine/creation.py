@@ -163,6 +163,7 @@ def outer_job(request: Request, place: Place, paths: StateRoot, command: tuple[s
         machine=request.machine,
         uid_base=uid_base(request.uid_index),
         upper=request.upper,
+        volumes=str(paths.pool_volumes),
         cgroup=f"{paths.cgroup}/{request.id}",
         libexec=libexec,
         runtime_root=str(paths.runtime),

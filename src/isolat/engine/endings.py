@@ -19,6 +19,7 @@ from isolat.engine.environment import Environment
 from isolat.engine.handle import HANDLE, guest_words, read_exit
 from isolat.engine.journal import log
 from isolat.engine.keepers import Keepers, quit_keeper
+from isolat.engine.volumes import Volumes
 from isolat.errors import IsolatError
 from isolat.layers.base import State
 from isolat.linux import cgroup
@@ -34,14 +35,15 @@ _REVERT_S = 60.0
 class Endings:
     """Settles and destroys. The caller holds the environment's operation."""
 
-    def __init__(self, keepers: Keepers, facts: Facts, cgroup_parent: str) -> None:
+    def __init__(self, keepers: Keepers, facts: Facts, cgroup_parent: str, volumes: Volumes) -> None:
         self._keepers = keepers
+        self._volumes = volumes
         self._cgroup_parent = cgroup_parent
         self.facts = facts
 
     def carry_back(self, env: Environment) -> Carried:
         """Carry back what its machine has changed in its volumes; once that is done there is nothing more to do."""
-        return carry_back(env, self.facts)
+        return carry_back(env, self.facts, self._volumes)
 
     def settle(self, env: Environment, exit: Exit | None, reason: str = "", carried: Carried | None = None) -> None:
         """Record how it ended (LOST without ``exit``), and undo all but what outlives the application."""

@@ -37,6 +37,7 @@ from isolat.engine.states import Verb
 from isolat.engine.supervisor import OPERATION_WAIT_S, Supervisor
 from isolat.engine.table import Table, row
 from isolat.engine.templates import Template, Templates
+from isolat.engine.volumes import User, Volumes, unread_users, users_of
 from isolat.engine.warm import DEFAULT_MOST
 from isolat.errors import DeadlineExceeded, IllegalState, Lost, NotFound, StartFailed, Unsupported
 from isolat.images.pool import Pool
@@ -85,8 +86,11 @@ class Engine:
         self._reactor = Reactor()
         self._boot_id = boot_id()
         self._keepers = Keepers(self._reactor, self.facts, native_dir())
-        self._endings = Endings(self._keepers, self.facts, self.paths.cgroup)
         self.table = Table(Index(self.paths.index), int(self.paths.tag, 16) % admission.UID_RANGES)
+        self.snapshots = Snapshots(self.paths)
+        self._unread: dict[str, tuple[User, ...]] = {}  # by environments whose handle could not be read
+        self.volumes = Volumes(self.paths, self.pool, self._volume_users)
+        self._endings = Endings(self._keepers, self.facts, self.paths.cgroup, self.volumes)
         self.events = self.table.events
         self._supervisor = Supervisor(self.table, self._endings, self.facts, self.stop)
         self.kits = Kits(self.paths, native_dir())
@@ -102,10 +106,10 @@ class Engine:
             self._supervisor,
             self.kits,
             self.templates,
+            self.volumes,
             group_id(),
             warm,
         )
-        self.snapshots = Snapshots(self.paths)
         self._copying = Copying(self.facts, self._keepers, self.table, self._supervisor, self._maker, self.snapshots)
 
     # life of the engine
@@ -114,6 +118,9 @@ class Engine:
         """Find every environment again, settle what ended meanwhile, sweep what nobody owns."""
         for directory in (self.paths.envs, self.paths.runtime):
             directory.mkdir(parents=True, exist_ok=True, mode=0o711)
+        if self.pool.exists():
+            self.pool.ensure()
+        self.volumes.start()  # before what was written there is carried back
         recovery = Recovery(self.paths, self._keepers, self._endings, self._boot_id)
         for env in recovery.find():
             self.table.enter(env)
@@ -124,9 +131,8 @@ class Engine:
         for index in recovery.unread.values():
             self.table.keep_uids(index)
         recovery.sweep(known, self.facts)
-        if self.pool.exists():
-            self.pool.ensure()
-            self.pool.sweep(known)
+        self._unread = {id: unread_users(self.paths.env(id)) for id in recovery.unread}
+        self.pool.sweep(known)
         self.templates.start()
         self.snapshots.start()
         self.table.index.start([row(env) for env in self.table.all()])
@@ -341,6 +347,15 @@ class Engine:
         """The digests of images that an environment or a snapshot stands on."""
         return self.table.images_in_use() | self.snapshots.digests()
 
+    def _volume_users(self) -> Iterator[User]:
+        """Whatever has a named volume: environments, alive or ended, and snapshots."""
+        for env in self.table.all():
+            yield from users_of(env.handle)
+        for snapshot in self.snapshots.all():
+            yield from users_of(snapshot.handle, snapshot.name)
+        for users in self._unread.values():
+            yield from users
+
     # listeners
 
     def events_since(self, since_ns: int) -> list[Event]:
@@ -364,7 +379,7 @@ class Engine:
         return admission.uid_base(index)
 
     def reset(self, told: Callable[[str, str], None]) -> None:
-        """Remove every environment, and unmount the images and the pool of this root; their files stay."""
+        """Remove every environment and volume, and unmount the images and the pool of this root; their files stay."""
         self.table.close()
         for env in self.environments():
             try:
@@ -381,6 +396,8 @@ class Engine:
         for snapshot in self.snapshots.all():
             self.snapshots.remove(snapshot.name)
             told(snapshot.id, f"snapshot {snapshot.name}")
+        for volume, _ in self.volumes.prune():
+            told("", f"volume {volume.name}")
         self.kits.close()
         self.images.unmount_all()
         self.pool.close()

@@ -128,8 +128,8 @@ def _copied(disk: Path, descriptor: Descriptor) -> int:
 
 
 def _archive(descriptor: Descriptor, shares: Shares, given: Sequence[int], d: Deadline) -> list[str]:
-    found = zip(given, shares.read_only, strict=True)
-    volumes = [transfer.Volume(str(n), fd, read_only) for n, (fd, read_only) in enumerate(found)]
+    found = enumerate(zip(given, shares.read_only, shares.named, strict=True))
+    volumes = [transfer.Volume(str(n), fd, read_only, named=named) for n, (fd, read_only, named) in found]
     owner = transfer.Owner(shares.uid, shares.gid)
     return transfer.bring_in(Path(descriptor.path), volumes, owner, descriptor.size_bytes, d)
 

@@ -34,6 +34,7 @@ from isolat.engine.paths import StateRoot, native_dir
 from isolat.engine.supervisor import Supervisor
 from isolat.engine.table import Table
 from isolat.engine.templates import Template, Templates
+from isolat.engine.volumes import Volumes
 from isolat.engine.warm import WarmPool, normal_priority
 from isolat.errors import Conflict, IsolatError, Unsupported, UsageError
 from isolat.images import architecture
@@ -86,6 +87,7 @@ class Maker:
         supervisor: Supervisor,
         kits: Kits,
         templates: Templates,
+        volumes: Volumes,
         group: int | None,
         warm: int,
     ) -> None:
@@ -102,6 +104,7 @@ class Maker:
         self._boot_id = boot_id()
         self._kits = kits
         self._templates = templates
+        self._volumes = volumes
         self._holding = Holding(kits.blanks, templates.lend, kits.base_disk)
         self.warm = WarmPool(self.undo, warm)
         self._probes: dict[tuple[str, str, str], tuple[float, Probe]] = {}
@@ -127,22 +130,31 @@ class Maker:
     ) -> tuple[Environment, socket.socket | None]:
         """Make an environment and start its application. Returns the client's end of the streams when attached."""
         spec = parse(service)
-        if len(descriptors) != len(spec.volumes):
+        wanted = sum(not volume.named for volume in spec.volumes)
+        if len(descriptors) != wanted:
             raise UsageError(
-                f"{len(spec.volumes)} volumes came with {len(descriptors)} descriptors",
+                f"{wanted} directories of this machine came with {len(descriptors)} descriptors",
                 hint="open each source with O_PATH and send the descriptors in order",
             )
         admission.check(spec, self._facts.memory_bytes, self._facts.cpus, self._paths.root)
         kit = self._kit(spec)  # fetched once, which may take longer than a start
         d = Deadline(START_S)
-        env, planned, ready = self._create(spec, service, caller, kit, d)
         io = replace(io, tty=spec.tty, log=spec.logging != "none", main=True)
-        with env.operation("starting"):
-            try:
-                return env, self._start(env, planned, io, attach, descriptors, ready, d)
-            except BaseException:
-                self.undo(env)
-                raise
+        can = registry.resolve(spec.layers)[0].capabilities
+        with self._volumes.claim(spec.volumes if can.volumes else (), copies=not can.volumes_live) as claim:
+            env, planned, ready = self._create(spec, service, caller, kit, d)
+            with env.operation("starting"), contextlib.ExitStack() as opened:
+                try:
+                    sources, left = self._volumes.open(claim, descriptors, self._tree(env), d, opened)
+                    env.remark = left_out(left)
+                    return env, self._start(env, planned, io, attach, sources, ready, d)
+                except BaseException:
+                    self.undo(env)
+                    raise
+
+    def _tree(self, env: Environment) -> str:
+        """Where its image is mounted on this machine."""
+        return str(self._images.mount(env.handle.digest)) if env.handle.digest else ""
 
     def _create(
         self, spec: Spec, service: Mapping[str, object], caller: Caller, kit: MachineKit | None, d: Deadline

@@ -64,6 +64,10 @@ class StateRoot:
         return self.root / "volumes"
 
     @property
+    def pool_volumes(self) -> Path:
+        return self.pool / "volumes"
+
+    @property
     def runtime(self) -> Path:
         return self.root / "runtime"
 

@@ -11,6 +11,7 @@ becomes of that environment.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import stat
 import threading
@@ -18,9 +19,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from isolat.deadline import Deadline
-from isolat.engine.handle import Handle
+from isolat.engine.handle import HANDLE, Handle
 from isolat.engine.journal import log
 from isolat.engine.names import new_id
 from isolat.engine.paths import StateRoot
@@ -53,7 +55,7 @@ class User:
 
     @property
     def alive(self) -> bool:
-        return self.kind == ENVIRONMENT and State(self.state).alive
+        return self.state in (State.CREATING, State.RUNNING)
 
     def describe(self) -> str:
         return f"the {self.kind} {self.name}" + (f" ({self.state})" if self.state else "")
@@ -66,6 +68,16 @@ def users_of(handle: Handle, snapshot: str = "") -> Iterator[User]:
     kind, name, state = (SNAPSHOT, snapshot, "") if snapshot else (ENVIRONMENT, handle.name, str(handle.state))
     for volume in named_volumes(handle.spec.get("volumes")):
         yield User(volume.source, kind, handle.id, name, state, volume.read_only, copies)
+
+
+def unread_users(directory: Path) -> tuple[User, ...]:
+    """What the environment of this directory uses, whose handle can't be read whole: as far as it can be told."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+        data = json.loads((directory / HANDLE).read_text(encoding="utf-8", errors="surrogateescape"))
+        found = named_volumes(data["spec"]["volumes"])
+        name = str(data.get("name", directory.name))
+        return tuple(User(one.source, ENVIRONMENT, directory.name, name, "", one.read_only, False) for one in found)
+    return ()
 
 
 @dataclass(eq=False)

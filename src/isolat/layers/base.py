@@ -117,6 +117,7 @@ class Job:
     uid_base: int = 0
     uid_count: int = 65536
     upper: str = ""  # where the writable layer's subvolume is to be made; empty: memory
+    volumes: str = ""  # where named volumes are, a directory each
     upper_bounded: bool = False  # upper is on a disk that is bounded itself: a plain directory will do
     cgroup: str = ""  # path below each hierarchy's mount
     libexec: str = ""  # where isolat-init is
@@ -146,11 +147,12 @@ class Source(StrEnum):
 
 @dataclass(frozen=True)
 class Shares:
-    """Volumes that are copied: with whose rights, and which of them are only read."""
+    """Volumes that are copied: with whose rights, and which of them are only read; named ones with root's."""
 
     uid: int
     gid: int
     read_only: tuple[bool, ...]
+    named: tuple[bool, ...]
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from isolat.places.steps import (
     Step,
     Subvolume,
 )
-from isolat.spec.model import DEFAULT_CPUS, DEFAULT_DISK_BYTES, DEFAULT_MEMORY_BYTES, DEFAULT_PIDS
+from isolat.spec.model import DEFAULT_CPUS, DEFAULT_DISK_BYTES, DEFAULT_MEMORY_BYTES, DEFAULT_PIDS, Volume
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -88,6 +88,11 @@ def binds(job: Job) -> tuple[tuple[str, str], ...]:
 
 def hostname(job: Job) -> str:
     return job.spec.hostname or job.id[:12]
+
+
+def volume_source(job: Job, volume: Volume) -> str:
+    """The path of what a volume shows; a named one's data is a directory of that name."""
+    return f"{job.volumes}/{volume.source}" if volume.named else volume.source
 
 
 def upper(job: Job) -> str:

@@ -35,6 +35,7 @@ from isolat.places.steps import (
     Run,
     Step,
 )
+from isolat.spec.model import Volume
 
 INSIDE_LIBEXEC = "/dev/.isolat"
 INIT = "isolat-init"
@@ -142,7 +143,7 @@ def _checked(job: Job, capabilities: Capabilities) -> Mapping[str, Any]:
             hint="leave out --no-init; the application is then process 2 and loses nothing but the number 1",
         )
     uid, gid = job.caller_uid, job.caller_gid
-    if job.spec.volumes and uid != gid:
+    if uid != gid and not all(volume.named for volume in job.spec.volumes):
         raise Unsupported(
             f"volumes of a caller with user {uid} and group {gid} are not supported: one map serves both numbers",
             hint=f"run it as root, or with a primary group of the number {uid}",
@@ -215,7 +216,8 @@ def _outside(job: Job, probe: Probe) -> tuple[tuple[Bind, ...], tuple[Step, ...]
     for n, volume in enumerate(job.spec.volumes):
         at = f"{job.dir}/volumes/{n}"
         attributes = CLOSED | (MOUNT_ATTR_RDONLY if volume.read_only else 0)
-        steps.append(Idmap(volume.source, at, _volume_lines(job), attributes, descriptor=n if job.opened else -1))
+        source, descriptor = common.volume_source(job, volume), n if job.opened else -1
+        steps.append(Idmap(source, at, _volume_lines(job, volume), attributes, descriptor))
         binds.append(Bind(at, volume.target, volume.read_only))
     for n, (source, target) in enumerate(common.binds(job)):
         at = f"{job.dir}/binds/{n}"
@@ -237,9 +239,9 @@ def _etc(job: Job, probe: Probe) -> list[Bind]:
     ]
 
 
-def _volume_lines(job: Job) -> tuple[tuple[int, int, int], ...]:
-    """Root's volumes keep every number inside; another caller's files belong to root inside, and nobody else's do."""
-    if job.caller_uid == 0:
+def _volume_lines(job: Job, volume: Volume) -> tuple[tuple[int, int, int], ...]:
+    """Named volumes and root's keep every number inside; another caller's files belong to root inside, no others do."""
+    if volume.named or job.caller_uid == 0:
         return ((0, job.uid_base, job.uid_count),)
     return ((job.caller_uid, job.uid_base, 1),)
 

@@ -26,13 +26,16 @@ from isolat.places.steps import (
     MS_NOSUID,
     MS_RDONLY,
     MS_REC,
+    MS_REMOUNT,
     Cgroup,
     Idmap,
     Mount,
+    Run,
     Step,
 )
 
 SYSTEM = MS_NOSUID | MS_NOEXEC | MS_NODEV
+ALL_IDS = ((0, 0, 0xFFFFFFFF),)
 SAME_IDS = ((0, 0, 65536),)  # an image's binds keep their owners; the clone is only there to be read-only
 
 
@@ -43,6 +46,7 @@ class HostLayer(Layer):
         enter=True,
         limits=frozenset({"memory", "cpus", "pids", "disk"}),
         networks=frozenset({"host", "none"}),
+        volumes=True,
         read_only=True,
         users=True,
     )
@@ -63,16 +67,19 @@ class HostLayer(Layer):
         common.check(job, self.name, self.capabilities)
         common.check_options(self.name, job.spec.option(self.name), ())
         image = common.image_of(job, self.name)
-        rootfs = f"{job.dir}/rootfs"
+        rootfs, volumes = f"{job.dir}/rootfs", job.spec.volumes
         steps: tuple[Step, ...] = (
             *common.upper_steps(job, 0),
             *_cgroup(job),
-            *common.root_steps(job, image, read_only=job.spec.read_only),
+            *common.root_steps(job, image, read_only=job.spec.read_only and not volumes),
             *_binds(job, rootfs),
             Mount("proc", f"{rootfs}/proc", "proc", flags=SYSTEM),
             Mount("sysfs", f"{rootfs}/sys", "sysfs", flags=SYSTEM | MS_RDONLY),
             Mount("/dev", f"{rootfs}/dev", "", flags=MS_BIND | MS_REC),
+            *_volumes(job, rootfs),
         )
+        if volumes and job.spec.read_only:  # only now: places to mount volumes at may have had to be made
+            steps += (Mount("", rootfs, "", flags=MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NODEV),)
         join = cgroup.procs_files(job.facts.cgroups, job.cgroup, cgroup.PLAIN_V1)
         main = replace(common.main(job, ""), root=rootfs, cgroup_files=join) if job.command else None
         needs = Needs(job.spec.memory_bytes, job.spec.cpus, job.spec.disk_bytes, (image.digest,))
@@ -97,3 +104,18 @@ def _binds(job: Job, rootfs: str) -> tuple[Step, ...]:
     attributes = MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV
     binds = common.binds(job)
     return tuple(Idmap(source, f"{rootfs}{target}", SAME_IDS, attributes) for source, target in binds)
+
+
+def _volumes(job: Job, rootfs: str) -> tuple[Step, ...]:
+    """Each volume as it is, then at its target as those see it whose root is the image: its links lead nowhere else.
+
+    That is what the agent does in a machine, too. What it has mounted goes with the root.
+    """
+    steps: list[Step] = []
+    for n, volume in enumerate(job.spec.volumes):
+        at, mode = f"{job.dir}/volumes/{n}", "ro" if volume.read_only else "rw"
+        attributes = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | (MOUNT_ATTR_RDONLY if volume.read_only else 0)
+        descriptor = n if job.opened else -1
+        steps.append(Idmap(common.volume_source(job, volume), at, ALL_IDS, attributes, descriptor))
+        steps.append(Run((f"{job.libexec}/isolat-agent", "--bind", at, rootfs, volume.target, mode)))
+    return tuple(steps)

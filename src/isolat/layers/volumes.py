@@ -24,23 +24,28 @@ _AGENT = "/proc/1/exe"  # the agent is PID 1 there, and its file has no name any
 
 
 def check(job: Job) -> None:
-    if len(_writable(job)) > MOST_WRITABLE:
+    held = len(_held(job))
+    if held > MOST_WRITABLE:
         raise Unsupported(
-            f"a machine has at most {MOST_WRITABLE} volumes that are written to, not {len(_writable(job))}",
-            hint="make some of them read-only (:ro), or give a directory that holds them",
+            f"a machine has at most {MOST_WRITABLE} directories of the host that are written to, not {held}",
+            hint="make some of them read-only (:ro), give a directory that holds them, or use named volumes",
         )
 
 
 def descriptors(job: Job) -> tuple[Descriptor, ...]:
-    """The archive, and every source that something goes back to: a daemon may have to do that which never saw it."""
+    """The archive, and every source that something goes back to: a daemon may have to do that which never saw it.
+
+    But for named volumes, which every daemon finds.
+    """
     volumes = job.spec.volumes
     if not volumes:
         return ()
-    shares = Shares(job.caller_uid, job.caller_gid, tuple(volume.read_only for volume in volumes))
+    read_only, named = tuple(one.read_only for one in volumes), tuple(one.named for one in volumes)
+    shares = Shares(job.caller_uid, job.caller_gid, read_only, named)
     archive = Descriptor(
         HELD, Source.VOLUMES, f"{job.dir}/{ARCHIVE}", job.spec.disk_bytes, writable=True, shares=shares
     )
-    return (archive, *(Descriptor(source_name(n), Source.GIVEN, given=n) for n in _writable(job)))
+    return (archive, *(Descriptor(source_name(n), Source.GIVEN, given=n) for n in _held(job)))
 
 
 def options(job: Job) -> tuple[tuple[str, Any], ...]:
@@ -77,6 +82,10 @@ def after(job: Job, at: str, group: str) -> tuple[str, ...]:
 def inner(job: Job, at: str) -> tuple[Volume, ...]:
     """The same volumes, as a layer inside the machine finds them."""
     return tuple(replace(volume, source=f"{at}/{n}") for n, volume in enumerate(job.spec.volumes))
+
+
+def _held(job: Job) -> tuple[int, ...]:
+    return tuple(n for n in _writable(job) if not job.spec.volumes[n].named)
 
 
 def _writable(job: Job) -> tuple[int, ...]:

@@ -93,11 +93,27 @@ def test_volumes_go_as_descriptors_in_order(isolat: Command, daemon: Daemon, tmp
     assert found == [f"{tmp_path}/b", f"{tmp_path}/a"]
 
 
+def test_named_volumes_go_as_names_and_bring_no_descriptor(isolat: Command, daemon: Daemon, tmp_path: Path) -> None:
+    found: list[str] = []
+
+    def answer(request: Request) -> None:
+        found.extend(str(Path(f"/proc/self/fd/{fd}").readlink()) for fd in request.fds)
+        request.ok(id="x", name="x")
+
+    daemon.on("run", answer)
+    assert isolat("run", "-d", "-v", "data:/1:ro", "-v", f"{tmp_path}:/2", "-v", "d.2:/3", "debian") == 0
+    assert found == [str(tmp_path)]
+    assert daemon.requests[0].args["spec"]["volumes"] == [
+        {"type": "volume", "source": "data", "target": "/1", "read_only": True},
+        {"type": "bind", "source": str(tmp_path), "target": "/2"},
+        {"type": "volume", "source": "d.2", "target": "/3"},
+    ]
+
+
 @pytest.mark.parametrize(
     ("volume", "text"),
     [
         ("/nowhere/at/all:/x", "the source of a volume cannot be opened: /nowhere/at/all: No such file or directory"),
-        ("data:/x", "named volumes are not supported yet: data"),
         ("/x", "not a volume: /x"),
         ("/:/x:z", "not a mode of a volume: z"),
     ],

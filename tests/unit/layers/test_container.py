@@ -120,6 +120,12 @@ def test_a_volume_of_a_caller_whose_group_has_another_number_is_refused() -> Non
     assert caught.value.hint
 
 
+def test_a_named_volume_keeps_every_number_inside_whoever_the_caller_is() -> None:
+    asked = job(spec={"volumes": (Volume("data", "/data"),)}, caller_uid=1000, caller_gid=100, volumes="/v")
+    (volume,) = (step for step in _steps(asked) if isinstance(step, Idmap) and step.descriptor == 0)
+    assert (volume.source, volume.lines) == ("/v/data", ((0, asked.uid_base, asked.uid_count),))
+
+
 def test_an_images_own_binds_are_read_only_and_owned_by_root_inside() -> None:
     asked = job(image=replace(IMAGE, binds=(("/usr", "/usr"),)))
     step = next(s for s in _steps(asked) if isinstance(s, Idmap) and s.source == "/usr")

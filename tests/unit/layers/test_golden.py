@@ -40,9 +40,15 @@ FULL: dict[str, Any] = {
     "options": (("container", {"compat32": True, "shm_bytes": 1 << 20}),),
 }
 
+VOLUMES = (Volume("data", "/data"), Volume("shared.1", "/shared", read_only=True))
+DATA: dict[str, Any] = {"volumes": "/state/pool/volumes"}
+
 CASES: dict[str, tuple[str, Job]] = {
     **{f"{layer}-{mode}": (layer, job(mode)) for layer in LAYERS for mode in ("v1", "hybrid", "v2")},
     "container-full": ("container", job("v2", spec=FULL, caller_uid=1000, caller_gid=1000)),
+    "container-volumes": ("container", job("v2", spec={"volumes": VOLUMES}, caller_uid=1000, caller_gid=100, **DATA)),
+    "host-volumes": ("host", job("v2", spec={"volumes": VOLUMES, "read_only": True}, **DATA)),
+    "microvm-volumes": ("microvm", job("v2", spec={"volumes": (*VOLUMES, Volume("/src", "/src"))}, **DATA)),
     "container-without-btrfs": ("container", job("v2", upper="")),
     "container-outer": ("container", job("v2", command=())),
     "host-read-only": ("host", job("v2", spec={"read_only": True})),

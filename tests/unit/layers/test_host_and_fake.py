@@ -14,7 +14,7 @@ from isolat.layers.fake import FakeLayer
 from isolat.layers.host import HostLayer
 from isolat.places.base import Command, Facts, Io, Proc
 from isolat.places.rooted import RootedPlace
-from isolat.places.steps import MS_RDONLY, Cgroup, MakeDir, Mount, PutFile, Run, Step
+from isolat.places.steps import MS_RDONLY, MS_REMOUNT, Cgroup, Idmap, MakeDir, Mount, PutFile, Run, Step
 from isolat.spec.model import Tmpfs, Volume
 from tests.unit.layers.jobs import PROBE, facts, job
 
@@ -58,11 +58,28 @@ def test_a_read_only_host_has_a_read_only_overlay() -> None:
     assert overlay.flags & MS_RDONLY
 
 
-@pytest.mark.parametrize("field", ["volumes", "tmpfs", "hostname"])
+@pytest.mark.parametrize("field", ["tmpfs", "hostname"])
 def test_the_host_layer_refuses_what_needs_namespaces(field: str) -> None:
-    values = {"volumes": (Volume("/a", "/a"),), "tmpfs": (Tmpfs("/t"),), "hostname": "box"}
+    values = {"tmpfs": (Tmpfs("/t"),), "hostname": "box"}
     with pytest.raises(Unsupported, match=field):
         HOST.plan(job(spec={field: values[field]}), PROBE)
+
+
+def test_the_host_layer_mounts_volumes_below_the_root_and_closes_that_only_then() -> None:
+    volumes = (Volume("data", "/data"), Volume("/src", "/src", read_only=True))
+    steps = HOST.plan(job(spec={"read_only": True, "volumes": volumes}, volumes="/state/pool/volumes"), PROBE).steps
+    assert [step.source for step in steps if isinstance(step, Idmap)] == ["/state/pool/volumes/data", "/src"]
+    bound = [step.argv[-4:] for step in steps if isinstance(step, Run)]
+    rootfs = f"{job().dir}/rootfs"
+    assert bound == [
+        (f"{job().dir}/volumes/0", rootfs, "/data", "rw"),
+        (f"{job().dir}/volumes/1", rootfs, "/src", "ro"),
+    ]
+    overlay = next(step for step in steps if isinstance(step, Mount) and step.fstype == "overlay")
+    assert not overlay.flags & MS_RDONLY
+    last = steps[-1]
+    assert isinstance(last, Mount)
+    assert (last.target, last.flags & MS_RDONLY, last.flags & MS_REMOUNT) == (rootfs, MS_RDONLY, MS_REMOUNT)
 
 
 def test_a_process_in_the_host_layers_inside_has_its_root_and_group() -> None:
