@@ -22,7 +22,7 @@ The library raises; only the command line turns an error into text and an exit c
     ├── ProtocolError         protocol         a peer sent what the protocol does not allow
     ├── DaemonUnavailable     daemon           the daemon cannot be reached or started
     ├── StoreError            store            an image could not be built or is damaged
-    │   ├── BuildFailed       build            a Containerfile does not build; ``details`` is what its step wrote (exit 1)
+    │   ├── BuildFailed       build            a Containerfile does not build (exit code 1); ``details``: its last lines
     │   └── InvalidImage      invalid-image    what came from elsewhere breaks the rules; ``stage`` names which
     └── InternalError         internal         a defect of Isolat itself
 """

@@ -26,6 +26,21 @@ _BOOTSTRAP_OPTIONS = (
     JSON,
 )
 _IMAGES_OPTIONS = (Option("-q --quiet", FLAG, "only names"), NO_TRUNC, JSON)
+_BUILD_OPTIONS = (
+    Option("-t --tag", LIST, "a name for the image; may be repeated", "NAME[:TAG]"),
+    Option("-f --file", VALUE, "the Containerfile (default: CONTEXT/Containerfile or Dockerfile)", "FILE"),
+    Option("--build-arg", LIST, "a value for an ARG; NAME alone takes the caller's", "NAME[=VALUE]"),
+    Option("--target", VALUE, "the stage to build (default: the last)", "STAGE"),
+    Option("--platform", VALUE, "for which kind of machine (default: this one's)", "OS/ARCH"),
+    Option("--network", VALUE, "of RUN steps: none (default) or host", "MODE"),
+    Option("--pull", VALUE, "base images: missing (default), never or always", "WHEN"),
+    Option("--no-cache", FLAG, "do not take steps from earlier builds"),
+    Option("--label", LIST, "a label of the image", "NAME=VALUE"),
+    Option("-m --memory", VALUE, "memory (default: 2g, or half of the machine's)", "SIZE"),
+    Option("--disk", VALUE, "what it may write (default: 20g)", "SIZE"),
+    Option("-q --quiet", FLAG, "print only the image's digest"),
+    JSON,
+)
 _FORCE = "-f --force"
 
 
@@ -68,6 +83,9 @@ VERBS: dict[str, Verb] = {
         Verb("rmi", "IMAGE…", "remove images", "images:rmi", (), (1, None)),
         Verb("image bootstrap", "IMAGE", "make a base image: debian[:SUITE], or host", "images:bootstrap",
              _BOOTSTRAP_OPTIONS, (1, 1)),
+        Verb("build", "CONTEXT", "build an image from a Containerfile (CONTEXT: a directory, or - )", "build:build",
+             _BUILD_OPTIONS, (1, 1)),
+        Verb("builder prune", "", "remove what builds keep to be quick", "build:prune", (JSON,)),
         Verb("image ls", "", "list images", "images:images", _IMAGES_OPTIONS),
         Verb("image rm", "IMAGE…", "remove images", "images:rmi", (), (1, None)),
         Verb(

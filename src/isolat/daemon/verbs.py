@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 from isolat import __version__
+from isolat.daemon import build as b
 from isolat.daemon import snapshots as s
 from isolat.daemon import templates as t
 from isolat.daemon import upkeep
@@ -329,6 +330,8 @@ VERBS: dict[str, Callable[[Call], Answer]] = {
     "images": images,
     "rmi": rmi,
     "bootstrap": bootstrap_,
+    "build": b.build,
+    "builder_prune": b.prune,
     "template_create": t.template_create,
     "templates": t.templates,
     "template_rm": t.template_rm,

@@ -8,6 +8,7 @@ environments never wait for each other.
 from __future__ import annotations
 
 import contextlib
+import functools
 import grp
 import os
 import queue
@@ -16,6 +17,7 @@ import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from isolat.deadline import NEVER, Deadline
 from isolat.engine import admission, entering, states
@@ -40,6 +42,7 @@ from isolat.engine.templates import Template, Templates
 from isolat.engine.volumes import User, Volumes, unread_users, users_of
 from isolat.engine.warm import DEFAULT_MOST
 from isolat.errors import DeadlineExceeded, IllegalState, Lost, NotFound, StartFailed, Unsupported
+from isolat.images.building.storage import CACHE, Storage
 from isolat.images.pool import Pool
 from isolat.images.progress import Progress
 from isolat.images.store import ImageStore
@@ -49,6 +52,9 @@ from isolat.linux.facts import record_facts
 from isolat.places.base import Command, Exit, Io, Place
 from isolat.places.link import Reactor
 from isolat.places.wired import WiredPlace
+
+if TYPE_CHECKING:
+    from isolat.images.building.builder import Builder
 
 _STOP_MORE_S = 10.0
 _HAND_OVER_S = 120.0  # a machine may take so long to hand over its volumes: native/after.c
@@ -132,7 +138,8 @@ class Engine:
             self.table.keep_uids(index)
         recovery.sweep(known, self.facts)
         self._unread = {id: unread_users(self.paths.env(id)) for id in recovery.unread}
-        self.pool.sweep(known)
+        self.pool.sweep({*known, CACHE})
+        Storage(self.paths.root, self.pool).sweep()
         self.templates.start()
         self.snapshots.start()
         self.table.index.start([row(env) for env in self.table.all()])
@@ -141,7 +148,8 @@ class Engine:
                 self._supervisor.workers.submit(lambda env=env: self._supervisor.remove(env))  # type: ignore[misc]
 
     def close(self) -> None:
-        """Let go of everything; environments go on under their keepers."""
+        """Let go of everything; environments go on under their keepers, builds end."""
+        self._end_builds()
         self._maker.close()
         self.events.close()
         self._supervisor.close()
@@ -153,6 +161,18 @@ class Engine:
         self._reactor.stop()
         self.table.index.close()
         Recovery.leave_cgroups(self.paths, self.facts)
+
+    @functools.cached_property
+    def builder(self) -> Builder:
+        """What builds images. Most daemons build none."""
+        from isolat.images.building.builder import Builder, Uids
+
+        uids = Uids(self.table.take_uids, self.table.give_back_uids, admission.uid_base)
+        return Builder(self.paths.root, self.images, self.pool, self.facts, self.paths.cgroup, uids)
+
+    def _end_builds(self) -> None:
+        if "builder" in vars(self):
+            self.builder.close()
 
     @property
     def changed(self) -> float:
@@ -381,6 +401,7 @@ class Engine:
     def reset(self, told: Callable[[str, str], None]) -> None:
         """Remove every environment and volume, and unmount the images and the pool of this root; their files stay."""
         self.table.close()
+        self._end_builds()
         for env in self.environments():
             try:
                 self.remove(env.id, force=True)

@@ -52,6 +52,7 @@ PACKAGES = (
     Package("grub-common", "packs the boot loader of a whole PC (grub-mkimage)", Group.REQUIRED, "vm", "grub-mkimage"),
     Package("grub-pc-bin", "the boot loader's parts for a BIOS", Group.REQUIRED, "vm"),
     Package("kmod", "lists the modules of a whole PC's kernel (depmod)", Group.REQUIRED, "vm", "depmod"),
+    Package("buildah", "builds images from Containerfiles", Group.REQUIRED, command="buildah"),
     Package("qemu-user-static", "runs programs of other architectures (--arch)", Group.OPTIONAL),
     Package("gcc", "compiles the C core and looks for defects in it", Group.DEVELOP, command="gcc"),
     Package("libc6-dev", "headers for the C core's checks", Group.DEVELOP),

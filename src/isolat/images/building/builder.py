@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from isolat.errors import Conflict
 from isolat.images.building.group import Group
 from isolat.images.building.job import CacheDamaged, Job, Pull, Request, Telling
 from isolat.images.building.sandbox import Cancelled
@@ -72,13 +73,22 @@ class Builder:
             request, names=[parse_name(name) for name in request.names], memory_bytes=self.memory(request)
         )
         heard = replace(telling, gone=lambda: self._closing.is_set() or telling.gone())
-        with self._turn(heard), self._uids.taken() as uid_base:
-            try:
-                return self._in_place(id, request, heard, uid_base, found_tools)
-            except CacheDamaged:
-                self.storage.prune()
-                heard.line("note: the cache of builds was damaged; it is gone, and the build begins anew")
-                return self._in_place(id, request, heard, uid_base, found_tools)
+        try:
+            with self._turn(heard), self._uids.taken() as uid_base:
+                return self._twice(id, request, heard, uid_base, found_tools)
+        except Cancelled:
+            if self._closing.is_set():
+                raise Conflict("the daemon ends, and with it every build") from None
+            raise
+
+    def _twice(self, id: str, request: Request, telling: Telling, uid_base: int, found_tools: Tools) -> Image:
+        """A damaged cache is no reason not to build."""
+        try:
+            return self._in_place(id, request, telling, uid_base, found_tools)
+        except CacheDamaged:
+            self.storage.prune()
+            telling.line("note: the cache of builds was damaged; it is gone, and the build begins anew")
+            return self._in_place(id, request, telling, uid_base, found_tools)
 
     def memory(self, request: Request) -> int:
         """The limit that was asked for, else the default, or half of this machine's where that is less."""
@@ -87,7 +97,7 @@ class Builder:
     def _in_place(self, id: str, request: Request, telling: Telling, uid_base: int, found_tools: Tools) -> Image:
         path = f"{self._cgroup}/build-{id}"
         with contextlib.ExitStack() as stack:
-            place = stack.enter_context(self.storage.workplace(id, request.memory_bytes))
+            place = stack.enter_context(self.storage.workplace(id, request.disk_bytes, request.memory_bytes))
             build = stack.enter_context(self._store.build())
             group = stack.enter_context(Group(self._facts.cgroups, path, self._limits(request), device_rules()))
             job = Job(self._store, request, telling, place, build, group, self._facts.machine, self.pull)

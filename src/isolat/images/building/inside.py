@@ -78,6 +78,7 @@ _DENIED = (
 )  # fmt: skip
 _SCMP_ALLOW, _SCMP_ERRNO, _SCMP_MASKED_EQ = 0x7FFF0000, 0x00050000, 7
 _EPERM, _ENOSYS = 1, 38
+_BTRFS = 0x94  # <linux/btrfs.h>, BTRFS_IOCTL_MAGIC
 
 _libc = ctypes.CDLL(None, use_errno=True)
 TYPE_CHECKING = False  # typing itself would double this script's start
@@ -176,7 +177,7 @@ def _make_root(config: JSON, trees: list[tuple[int, str]]) -> None:
     root = config["root"]
     _mount("", "/", "", _MS_REC | _MS_PRIVATE)
     _mount("tmpfs", root, "tmpfs", _MS_NOSUID | _MS_NODEV, f"mode=755,size={_ROOT_BYTES}")
-    for name in ("dev", "dev/pts", "dev/shm", "etc", "proc", "root", "run", "sys", "tmp", "usr", "var", "var/tmp"):
+    for name in ("dev", "dev/pts", "dev/shm", "etc", "proc", "root", "run", "sys", "tmp", "usr", "var"):
         os.mkdir(f"{root}/{name}", 0o755)
     for tree, target in trees:
         _attach(tree, root + target)
@@ -214,6 +215,9 @@ def _own_mounts() -> None:
     _mount("tmpfs", "/dev/shm", "tmpfs", closed | _MS_NOEXEC, f"mode=1777,size={_SHM_BYTES}")
     _mount("tmpfs", "/run", "tmpfs", closed, f"mode=755,size={_RUN_BYTES}")
     _mount("tmpfs", "/tmp", "tmpfs", closed, f"mode=1777,size={_TMP_BYTES}")
+    _mount("tmpfs", "/var", "tmpfs", closed, f"mode=755,size={_RUN_BYTES}")  # buildah's locks and caches of names
+    os.mkdir("/var/tmp")
+    os.chmod("/var/tmp", 0o1777)
 
 
 # What is given up
@@ -243,12 +247,13 @@ def _filter_calls() -> None:
     if not context:
         raise OSError("libseccomp gives no filter")
 
-    def deny(name: str, errno: int, flag: int = 0) -> None:
+    def deny(name: str, errno: int, at: int = 0, mask: int = 0, value: int = 0) -> None:
+        """With ``mask``: only where these bits of the argument ``at`` are ``value``."""
         number = lib.seccomp_syscall_resolve_name(name.encode())
         if number < 0:
             return  # another architecture's
-        arguments = (_Argument * 1)(_Argument(0, _SCMP_MASKED_EQ, flag, flag))
-        count = ctypes.c_uint(1 if flag else 0)
+        arguments = (_Argument * 1)(_Argument(at, _SCMP_MASKED_EQ, mask, value))
+        count = ctypes.c_uint(1 if mask else 0)
         action = ctypes.c_uint32(_SCMP_ERRNO | errno)
         if lib.seccomp_rule_add_array(context, action, number, count, arguments):
             raise OSError(f"no rule could be made for {name}")
@@ -257,7 +262,8 @@ def _filter_calls() -> None:
         deny(name, _EPERM)
     for name in ("clone", "unshare"):
         for flag in (_NEWUSER, _NEWNET):
-            deny(name, _EPERM, flag)
+            deny(name, _EPERM, 0, flag, flag)
+    deny("ioctl", _EPERM, 1, 0xFF00, _BTRFS << 8)  # subvolumes have quotas of their own; file copies do without
     deny("clone3", _ENOSYS)  # its flags are in memory; C libraries fall back to clone
     if lib.seccomp_load(context):
         raise OSError("the system call filter could not be loaded")

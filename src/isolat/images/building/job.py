@@ -14,7 +14,7 @@ from isolat.errors import BuildFailed, NotFound, StoreError, UsageError
 from isolat.images.building import bases, containerfile, interior, output, runtime, steps, tools
 from isolat.images.building.group import Group
 from isolat.images.building.sandbox import Sandbox, Settings, View
-from isolat.images.building.storage import Workplace
+from isolat.images.building.storage import DISK_BYTES, Workplace
 from isolat.images.image import Image
 from isolat.images.oci import Descriptor, Platform, own_platform
 from isolat.images.progress import Progress
@@ -47,6 +47,7 @@ class Request:
     pull: str = "missing"
     host_network: bool = False
     memory_bytes: int = 0
+    disk_bytes: int = DISK_BYTES
     caller_uid: int = 0
     options: interior.Options = field(default_factory=interior.Options)
 
@@ -270,7 +271,9 @@ class Job:
         if self._group.out_of_memory():
             return f"it met its memory limit of {self._request.memory_bytes >> 20} MiB: --memory gives it more"
         if watch is not None and watch.full:
-            return f"it may write {self._place.bounded_by}, with its cache: `isolat builder prune` empties that"
+            return (
+                f"it may write {self._place.bounded_by}: --disk gives it more, `isolat builder prune` empties the cache"
+            )
         if self._group.out_of_processes():
             return "it met its limit of processes"
         return steps.network_hint(watch, host_network=self._request.host_network) if watch is not None else ""

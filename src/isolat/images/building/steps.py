@@ -14,7 +14,7 @@ _EXIT = re.compile(r"exit status (\d+)$")
 _OWN = re.compile(r'time="[^"]*" level=\w+ msg="(.*)"$')
 _STEP_LETTERS = 120
 _DISK = ("no space left on device", "disk quota exceeded")
-_NETWORK_HINT = "a RUN step has no network unless the build gets it: isolat build --network host"
+_NETWORK_HINT = "if it needs the network: a build has none, unless you build with --network host"
 
 
 class Watch:
@@ -36,7 +36,7 @@ class Watch:
         own = _OWN.fullmatch(text)
         failed = _ERROR.match(text)
         if failed:
-            self.error = failed[2]
+            self.error = failed[2].partition(" &imagebuilder.")[0]  # a Go structure follows
             return  # told at the end, in our words
         if own:
             return  # the same, or what people can't act on
@@ -77,6 +77,4 @@ def shorten(text: str) -> str:
 
 def network_hint(watch: Watch, *, host_network: bool) -> str:
     """What to do where the missing network may be the reason: in a RUN, or an ADD from elsewhere."""
-    if host_network or not (watch.ran or "(ADD http" in watch.step):
-        return ""
-    return _NETWORK_HINT if watch.ran else "isolat build --network host"
+    return "" if host_network or not (watch.ran or "(ADD http" in watch.step) else _NETWORK_HINT

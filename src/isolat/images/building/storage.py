@@ -58,13 +58,14 @@ class Storage:
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
-    def workplace(self, id: str, memory_bytes: int) -> Iterator[Workplace]:
-        """A place for one build, gone at the end. Without a pool, it is of so much memory."""
-        with self._in_pool(id) if self._pool.ensure() else self._in_memory(id, memory_bytes) as found:
+    def workplace(self, id: str, disk_bytes: int, memory_bytes: int) -> Iterator[Workplace]:
+        """A place for one build of so many bytes, gone at the end. Without a pool, it is of so much memory."""
+        self.dir.mkdir(mode=0o700, exist_ok=True)
+        with self._in_pool(id, disk_bytes) if self._pool.ensure() else self._in_memory(id, memory_bytes) as found:
             yield found
 
     @contextlib.contextmanager
-    def _in_pool(self, id: str) -> Iterator[Workplace]:
+    def _in_pool(self, id: str, disk_bytes: int) -> Iterator[Workplace]:
         pool = self._pool.path
         names = (f"build-{id}", f"build-{id}{_WORK}")
         try:
@@ -77,8 +78,8 @@ class Storage:
             btrfs.create(str(pool), names[1])
             for name in names:
                 (pool / name).chmod(0o700)
-                btrfs.set_limit(str(pool / name), DISK_BYTES)
-            yield Workplace(id, pool / names[0], pool / names[1], cached, f"{DISK_BYTES >> 30} GiB")
+                btrfs.set_limit(str(pool / name), disk_bytes)
+            yield Workplace(id, pool / names[0], pool / names[1], cached, f"{disk_bytes >> 20} MiB of disk")
         finally:
             for name in names:
                 with contextlib.suppress(FileNotFoundError):
@@ -86,7 +87,6 @@ class Storage:
 
     @contextlib.contextmanager
     def _in_memory(self, id: str, memory_bytes: int) -> Iterator[Workplace]:
-        self.dir.mkdir(mode=0o700, exist_ok=True)
         place = self.dir / f"build-{id}"
         place.mkdir(mode=0o700, exist_ok=True)
         mounts.mount("tmpfs", str(place), "tmpfs", mounts.MS_NODEV, f"mode=700,size={memory_bytes}")
@@ -150,7 +150,6 @@ class Storage:
             return 0
 
     def _record(self, size_bytes: int) -> None:
-        self.dir.mkdir(mode=0o700, exist_ok=True)
         temporary = self.dir / f".{_STATE}"
         temporary.write_text(json.dumps({"bytes": size_bytes}))
         os.replace(temporary, self.dir / _STATE)  # noqa: PTH105 - Path.replace is the same
