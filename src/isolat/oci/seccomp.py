@@ -10,6 +10,8 @@ What differs from the distribution's:
 - Only the machine's own architecture may be used. 32-bit programs (``x-container: {compat32: true}``) bring a
   second system call table, and ``socketcall``, whose arguments are in memory where no filter sees them.
 
+- ``ioctl`` is allowed but for btrfs's own operations: see ``BTRFS``.
+
 A call that nobody named fails with ENOSYS rather than EPERM: a C library that is newer than the list then falls back
 to the older call, where EPERM would be taken for the answer (glibc's fchmodat with fchmodat2 is the known case).
 """
@@ -28,6 +30,7 @@ from isolat.oci.capabilities import GIVEN
 
 EPERM = 1
 ENOSYS = 38
+ENOTTY = 25
 EAFNOSUPPORT = 97
 
 # clone(2): NEWNS NEWCGROUP NEWUTS NEWIPC NEWUSER NEWPID NEWNET. CLONE_NEWTIME exists only in clone3 and unshare.
@@ -40,6 +43,17 @@ PERSONALITIES = (0x0, 0x8, 0x20000, 0x20008, 0xFFFFFFFF)
 # network code, one of them (VSOCK) a way past the network namespace. Compared as "less than" on the whole 64-bit
 # register: "not equal" is passed by setting a bit above the 32 that socket(2) reads.
 FIRST_FAMILY_OUT = 18
+
+# btrfs's own operations have 0x94 in bits 8 to 15 of their number. Whoever may write to a directory may make a
+# subvolume in it, which is not in the quota of the one around: so a volume would have no limit. The number is 32 bits.
+BTRFS = 0x94
+_LAST = 0xFFFFFFFF
+
+# Of the same family, and every file system's: FICLONE, FICLONERANGE, FIDEDUPERANGE, FS_IOC_GETFSLABEL.
+OF_ALL_FILE_SYSTEMS = (0x40049409, 0x4020940D, 0xC0189436, 0x81009431)
+
+# SNAP_CREATE, SUBVOL_CREATE and their second versions, which are told not to exist here.
+MAKING_SUBVOLUMES = (0x50009401, 0x5000940E, 0x50009417, 0x50009418)
 
 ARCHITECTURES = {
     "x86_64": ("SCMP_ARCH_X86_64", "SCMP_ARCH_X86"),
@@ -54,7 +68,7 @@ ADDED = (
 )  # fmt: skip
 
 # Decided by their arguments, below.
-BY_ARGUMENTS = frozenset({"clone", "personality", "socket"})
+BY_ARGUMENTS = frozenset({"clone", "ioctl", "personality", "socket"})
 
 # Denied with ENOSYS by being left out: clone3 keeps its flags in memory, and C libraries fall back to clone.
 ABSENT = frozenset({"clone3"})
@@ -107,6 +121,17 @@ def _by_arguments() -> list[dict[str, Any]]:
         *(_allow("personality", _argument(0, "EQ", value)) for value in PERSONALITIES),
         _allow("socket", _argument(0, "LT", FIRST_FAMILY_OUT)),
         _fail(["socket"], EAFNOSUPPORT, _argument(0, "GE", FIRST_FAMILY_OUT)),
+        *_ioctl(),
+    ]
+
+
+def _ioctl() -> list[dict[str, Any]]:
+    """All but btrfs's own. One rule for each bit in which a family differs from it: rules have no "not equal, masked"."""
+    bits = [1 << bit for bit in range(8, 16)]
+    return [
+        *(_allow("ioctl", _argument(1, "MASKED_EQ", bit, ~(BTRFS << 8) & bit)) for bit in bits),
+        *(_allow("ioctl", _argument(1, "MASKED_EQ", _LAST, number)) for number in OF_ALL_FILE_SYSTEMS),
+        *(_fail(["ioctl"], ENOTTY, _argument(1, "MASKED_EQ", _LAST, number)) for number in MAKING_SUBVOLUMES),
     ]
 
 

@@ -44,13 +44,13 @@ def _met(argument: dict[str, Any], value: int) -> bool:
     return answers[argument["op"]]
 
 
-def _answer(profile: dict[str, Any], name: str, first: int = 0) -> int:
-    """0 where the call is allowed, else its errno."""
-    found = set()
+def _answer(profile: dict[str, Any], name: str, *registers: int) -> int:
+    """0 where the call is allowed, else its errno. Registers that are not given are 0."""
+    found, values = set(), (*registers, 0, 0)
     for rule in profile["syscalls"]:
-        if name in rule["names"] and all(_met(argument, first) for argument in rule.get("args", [])):
+        if name in rule["names"] and all(_met(one, values[one["index"]]) for one in rule.get("args", [])):
             found.add(0 if rule["action"] == "SCMP_ACT_ALLOW" else rule["errnoRet"])
-    assert found <= {0} or 0 not in found, f"two rules disagree about {name}({first:#x})"
+    assert len(found) <= 1, f"two rules disagree about {name}{registers}"
     return found.pop() if found else profile["defaultErrnoRet"]
 
 
@@ -94,6 +94,24 @@ def test_a_family_that_is_out_is_said_not_to_exist() -> None:
 @given(REGISTER)
 def test_only_harmless_personalities(value: int) -> None:
     assert (_answer(oci_seccomp("x86_64"), "personality", value) == 0) == (value in seccomp.PERSONALITIES)
+
+
+@given(st.one_of(REGISTER, st.integers(0, 2**56 - 1).map(lambda rest: (rest >> 8) << 16 | 0x9400 | rest & 0xFF)))
+def test_no_register_is_an_operation_of_btrfs_alone(register: int) -> None:
+    """The kernel reads the lower 32 bits only."""
+    number = register & 0xFFFFFFFF
+    allowed = _answer(oci_seccomp("x86_64"), "ioctl", 3, register) == 0
+    assert allowed == (number >> 8 & 0xFF != seccomp.BTRFS or number in seccomp.OF_ALL_FILE_SYSTEMS)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_subvolumes_are_said_not_to_exist_and_files_can_still_be_cloned(machine: str) -> None:
+    profile = oci_seccomp(machine)
+    for number in seccomp.MAKING_SUBVOLUMES:
+        assert _answer(profile, "ioctl", 3, number) == seccomp.ENOTTY
+    tcgets, tiocgwinsz, fionread, fs_ioc_getflags = 0x5401, 0x5413, 0x541B, 0x80086601
+    for number in (tcgets, tiocgwinsz, fionread, fs_ioc_getflags, *seccomp.OF_ALL_FILE_SYSTEMS):
+        assert _answer(profile, "ioctl", 3, number) == 0
 
 
 def test_another_system_call_table_only_when_asked_for() -> None:
