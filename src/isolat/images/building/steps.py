@@ -11,7 +11,7 @@ TAIL_LINES = 20
 _STEP = re.compile(r"(?:\[\d+/\d+\] )?STEP (\d+)/(\d+): (.*)")
 _ERROR = re.compile(r'(?:Error: )(?:building at STEP "(.*?)(?<!\\)": )?(.*)')
 _EXIT = re.compile(r"exit status (\d+)$")
-_OWN = re.compile(r'time="[^"]*" level=\w+ msg="(.*)"$')
+_REPEATED = re.compile(r'Error: building at STEP "|time="[^"]*" level=\w+ msg="exit status \d+"$')
 _STEP_LETTERS = 120
 _DISK = ("no space left on device", "disk quota exceeded")
 _NETWORK_HINT = "if it needs the network: a build has none, unless you build with --network host"
@@ -33,13 +33,11 @@ class Watch:
             self.steps += 1
             self.step = f"step {found[1]} ({shorten(found[3])})"
             self.tail.clear()
-        own = _OWN.fullmatch(text)
         failed = _ERROR.match(text)
         if failed:
             self.error = failed[2].partition(" &imagebuilder.")[0]  # a Go structure follows
+        if _REPEATED.match(text):
             return  # told at the end, in our words
-        if own:
-            return  # the same, or what people can't act on
         if not found:
             self.tail.append(text)
         self._tell(text)
