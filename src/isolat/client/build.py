@@ -9,8 +9,9 @@ import contextlib
 import os
 import stat
 import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypedDict
 
 from isolat.errors import UsageError
 
@@ -20,6 +21,22 @@ STANDARD_INPUT = "-"
 _PEEK_BYTES = 512
 _CHUNK_BYTES = 1 << 20
 _MAGIC = ((b"\x1f\x8b", "gzip"), (b"BZh", "bzip2"), (b"\xfd7zXZ\0", "xz"), (b"\x28\xb5\x2f\xfd", "zstd"))
+
+
+class BuildOptions(TypedDict, total=False):
+    """What ``isolat build`` has options for. ``names``: of the image; ``arguments``: values for ARGs."""
+
+    names: Sequence[str]
+    arguments: Mapping[str, str]
+    labels: Mapping[str, str]
+    target: str
+    platform: str
+    network: str
+    pull: str
+    memory: str
+    disk: str
+    no_cache: bool
+    timestamp: int
 
 
 @dataclass
@@ -52,6 +69,20 @@ def source(context: str, file: str, stdin: BinaryIO) -> Source:
             hint="it is a directory, or - for standard input",
         ) from error
     return Source({"context": "directory", "containerfile": text}, [directory])
+
+
+def request(options: BuildOptions) -> dict[str, Any]:
+    """The options as the daemon takes them. Raises UsageError for one that there is not."""
+    unknown = sorted(set(options) - set(BuildOptions.__annotations__))
+    if unknown:
+        raise UsageError(f"build: there is no option {unknown[0]}")
+    found: dict[str, Any] = dict(options)
+    for name in ("arguments", "labels"):
+        if name in found:
+            found[name] = [f"{key}={value}" for key, value in found[name].items()]
+    if "names" in found:
+        found["names"] = list(found["names"])
+    return found
 
 
 def arguments(given: list[str]) -> list[str]:

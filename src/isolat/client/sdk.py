@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import _socket
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Unpack, overload
 
+from isolat.client import build as sources
 from isolat.client import connect, logs, streams
+from isolat.client.build import BuildOptions
 from isolat.client.service import Options, service
 from isolat.client.times import NS
 from isolat.errors import DeadlineExceeded, IsolatError, Lost, ProtocolError, StartFailed
@@ -287,6 +290,20 @@ class Client:
         found: dict[str, Any] = self._ask("bootstrap", {"image": image, "include": list(include), "arch": arch})
         return found
 
+    def build(
+        self,
+        context: str | os.PathLike[str],
+        *,
+        file: str = "",
+        on_line: Callable[[str], None] | None = None,
+        **options: Unpack[BuildOptions],
+    ) -> dict[str, Any]:
+        """Build an image from a directory with a Containerfile; its lines go to ``on_line`` as they come.
+
+        Raises BuildFailed, whose ``details`` are the last lines of the step that failed.
+        """
+        return build(self, os.fspath(context), file, on_line, options)
+
     def events(self, *, since_s: float | None = None, follow: bool = True) -> Iterator[dict[str, Any]]:
         """What happens, as it happens; with ``since_s`` (seconds since the epoch) beginning with the past."""
         with self._call("events", {"since_ns": int((since_s or 0) * NS), "follow": follow}) as request:
@@ -327,6 +344,24 @@ def open_logs(client: Client, env: str) -> tuple[int, bool]:
             os.close(fd)
         raise ProtocolError("the daemon did not answer with the environment's directory")
     return fds[0], bool(content.get("running"))
+
+
+def build(
+    client: Client, context: str, file: str, on_line: Callable[[str], None] | None, options: BuildOptions
+) -> dict[str, Any]:
+    """``Client.build``."""
+    source = sources.source(context, file, sys.stdin.buffer)
+    try:
+        with client._call("build", {**sources.request(options), **source.args}, source.descriptors) as request:
+            kind, content, _ = request.next()
+            while kind != "ok":
+                if kind == "row" and on_line is not None:
+                    on_line(str(content.get("line", "")))
+                kind, content, _ = request.next()
+            found: dict[str, Any] = content
+            return found
+    finally:
+        source.close()
 
 
 def screenshot(client: Client, env: str) -> bytes:
