@@ -31,7 +31,13 @@ def _row(row: dict[str, Any]) -> list[str]:
 
 def prune(parsed: o.Parsed) -> int:
     images = "also every image that nothing stands on" if parsed.flag("all") else "images without a name"
-    return _prune(parsed, [], f"Remove what has ended, {images}, caches and templates?")
+    if not parsed.flag("volumes"):
+        return _prune(parsed, [], f"Remove what has ended, {images}, caches and templates?")
+    kinds = ["environments", "images", "templates", "volumes"]
+    question = (
+        f"Remove what has ended, {images}, caches, templates, and volumes that nobody uses with all that is in them?"
+    )
+    return _prune(parsed, kinds, question)
 
 
 def prune_images(parsed: o.Parsed) -> int:

@@ -129,7 +129,7 @@ VERBS: dict[str, Verb] = {
              (_PRUNE_ALL, _YES, JSON)),
         Verb("system df", "", "what is stored, and what of it can go", "upkeep:df", (JSON,)),
         Verb("system prune", "", "remove what nobody needs: what has ended, old images, caches", "upkeep:prune",
-             (_PRUNE_ALL, _YES, JSON)),
+             (_PRUNE_ALL, Option("--volumes", FLAG, "also the volumes that nobody uses"), _YES, JSON)),
         Verb(
             "system check", "", "look whether everything stored is as it should be", "upkeep:check",
             (Option("--deep", FLAG, "also make each image's file system again, and compare"), JSON),

@@ -6,7 +6,8 @@ from isolat.daemon.call import Answer, Call
 from isolat.engine import upkeep
 from isolat.errors import UsageError
 
-_PRUNED = ("environments", "images", "templates")
+_PRUNED = ("environments", "images", "templates")  # unless something else is said: nothing of anybody's own
+_PRUNABLE = (*_PRUNED, "volumes")
 
 
 def usage(call: Call) -> Answer:
@@ -16,9 +17,9 @@ def usage(call: Call) -> Answer:
 def prune(call: Call) -> Answer:
     """A row for each thing that went, then the bytes of all."""
     kinds = call.args.texts("kinds") or list(_PRUNED)
-    unknown = sorted(set(kinds) - set(_PRUNED))
+    unknown = sorted(set(kinds) - set(_PRUNABLE))
     if unknown:
-        raise UsageError(f"kinds: {', '.join(unknown)} can't be pruned", hint=f"what can be: {', '.join(_PRUNED)}")
+        raise UsageError(f"kinds: {', '.join(unknown)} can't be pruned", hint=f"what can be: {', '.join(_PRUNABLE)}")
     freed = 0
 
     def told(kind: str, name: str, size: int) -> None:
@@ -32,6 +33,8 @@ def prune(call: Call) -> Answer:
         upkeep.prune_images(call.engine, call.args.flag("all"), told)
     if "templates" in kinds:
         upkeep.prune_templates(call.engine, told)
+    if "volumes" in kinds:
+        upkeep.prune_volumes(call.engine, told)
     return {"bytes": freed}
 
 

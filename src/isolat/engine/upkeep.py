@@ -37,7 +37,7 @@ class Usage:
 
 def usage(engine: Engine) -> list[Usage]:
     """A row for each kind. Files are counted by their blocks, subvolumes by what the kernel counts for them."""
-    return [_images(engine), _environments(engine), _snapshots(engine), _templates(engine)]
+    return [_images(engine), _environments(engine), _volumes(engine), _snapshots(engine), _templates(engine)]
 
 
 def _images(engine: Engine) -> Usage:
@@ -53,6 +53,12 @@ def _environments(engine: Engine) -> Usage:
     free = sum(sizes[env.id] for env in environments if not env.state.alive)
     alive = sum(env.state.alive for env in environments)
     return Usage("environments", len(environments), alive, sum(sizes.values()), free)
+
+
+def _volumes(engine: Engine) -> Usage:
+    sizes, unused = engine.volumes.usage(), engine.volumes.unused()
+    free = sum(sizes.get(volume.name, 0) for volume in unused)
+    return Usage("volumes", len(sizes), max(0, len(sizes) - len(unused)), sum(sizes.values()), free)
 
 
 def _snapshots(engine: Engine) -> Usage:
@@ -129,6 +135,12 @@ def prune_templates(engine: Engine, told: Told) -> None:
         told("templates' files", "", before - after)
 
 
+def prune_volumes(engine: Engine, told: Told) -> None:
+    """Remove those that nobody uses, with all that is in them."""
+    for volume, size in engine.volumes.prune():
+        told("volume", volume.name, size)
+
+
 # whether all is well
 
 
@@ -138,6 +150,7 @@ def check(engine: Engine, *, deep: bool = False, progress: Progress = no_progres
         *image_check.check(engine.images, deep=deep, progress=progress),
         *(f"environment {env.name}: {problem}" for env in engine.environments() for problem in _of(engine, env)),
         *_snapshot_problems(engine),
+        *engine.volumes.check(),
     ]
 
 
