@@ -12,7 +12,8 @@ What it does not do: there is no system call filter, and without Landlock the pr
 machine (it still cannot send it anywhere).
 
 A process of its own rather than a ``preexec_fn``, because running Python between fork and exec in a daemon with
-threads can deadlock (subprocess's own warning).
+threads can deadlock (subprocess's own warning). A child that is Python itself can go further than this script, which
+must leave a program able to start: linux/lockdown.py.
 """
 
 from __future__ import annotations
@@ -38,16 +39,32 @@ _NOBODY = "65534"
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _landlock(read: list[str], write: list[str]) -> bool:
+def die_with(parent: int) -> None:
+    """Be killed when the process ``parent``, which started this one, ends. Raises SystemExit when it has already."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        raise SystemExit("confine: whoever started this is gone")
+
+
+def leave_network() -> bool:
+    """Namespaces of its own, with nothing in them. False where that is not allowed."""
+    return bool(_libc.unshare(_CLONE_NEWNET | _CLONE_NEWIPC | _CLONE_NEWUTS) == 0)
+
+
+def no_new_privileges() -> None:
+    _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+
+
+def landlock(read: list[str], write: list[str], system: tuple[str, ...] = _SYSTEM) -> bool:
     """Confine this process for good. False where the kernel has no Landlock."""
     attributes = struct.pack("<Q", _EVERY)
     ruleset = _libc.syscall(_CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), 0)
     if ruleset < 0:
         return False
-    for paths, rights in ((read, _READ), (write, _READ | _WRITE), (list(_SYSTEM), _READ)):
+    for paths, rights in ((read, _READ), (write, _READ | _WRITE), (list(system), _READ)):
         for path in paths:
             _allow(ruleset, path, rights)
-    for path in _DEVICES:
+    for path in _DEVICES if system else ():
         _allow(ruleset, path, 1 << 1 | 1 << 2)
     confined: int = _libc.syscall(_RESTRICT_SELF, ruleset, 0)
     os.close(ruleset)
@@ -106,18 +123,15 @@ def _arguments(argv: list[str]) -> tuple[list[str], list[str], bool, list[str]]:
 
 def main() -> None:
     read, write, user, program = _arguments(sys.argv[1:])
-    parent = os.getppid()
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        raise SystemExit("confine: whoever started this is gone")
-    if _libc.unshare(_CLONE_NEWNET | _CLONE_NEWIPC | _CLONE_NEWUTS) != 0:
+    die_with(os.getppid())
+    if not leave_network():
         sys.stderr.write("confine: no namespaces of its own: it runs with the machine's network\n")
     program = _as_nobody(program) if user else program
     path, environment = _find(program[0]), dict(os.environ)  # now: Python's own modules are out of reach below
     if read or write:
-        _landlock(read, write)
+        landlock(read, write)
     if not user:
-        _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        no_new_privileges()
     os.execve(path, program, environment)
 
 
