@@ -3,7 +3,7 @@
 ``mmdebstrap`` checks the archive's signatures against the keys of debian-archive-keyring and lets apt download and
 dpkg install. Its maintainer scripts run as root in a chroot, as on every Debian installation; here also in mount, PID,
 IPC and UTS namespaces of their own, so that no mount and no process of theirs can stay behind. The network is theirs.
-What becomes of the result is read by nobody with rights (images/erofs.py).
+The result is read name by name in its own directories (images/flatten/pack.py), whatever links it has.
 
 The archive's mirror is mmdebstrap's default; ISOLAT_DEBIAN_MIRROR names another.
 

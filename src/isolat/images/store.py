@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import secrets
@@ -37,7 +36,7 @@ from pathlib import Path
 
 from isolat.deadline import NEVER, Deadline
 from isolat.errors import Conflict, NotFound, StoreError, Unsupported, UsageError
-from isolat.images import erofs, intake
+from isolat.images import intake
 from isolat.images.blobs import Blobs
 from isolat.images.image import Image, ImageConfig, digest_prefix, image_from_json
 from isolat.images.oci import DOCUMENT_BYTES_MAX, Manifest, parse_manifest
@@ -45,7 +44,6 @@ from isolat.images.progress import Progress, no_progress
 from isolat.images.reference import parse_name, parse_reference
 from isolat.linux import mounts
 
-BUILDER_VERSION = 1
 _BOOTSTRAP_HINT = "make one with `isolat image bootstrap debian` (needs the network), or `isolat image bootstrap host`"
 
 
@@ -237,7 +235,7 @@ class ImageStore:
         d: Deadline = NEVER,
         progress: Progress = no_progress,
     ) -> Image:
-        """Make an image of a directory, which is only read."""
+        """Make an image of a directory, which is only read. Raises what ``add_manifest`` does."""
         with self.build() as build:
             progress("packing the file system", 0, 1)
             return build.finish(tree, config, names, d)
@@ -312,21 +310,6 @@ class ImageStore:
         found = parse_manifest(self.blobs.read(image.manifest, DOCUMENT_BYTES_MAX))
         assert isinstance(found, Manifest)
         return found
-
-    def adopt(self, file: Path, config: ImageConfig, names: Collection[str]) -> Image:
-        """Move a finished EROFS file of ours in. The description comes last: it is what makes it an image."""
-        digest = _digest(file, config)
-        full = [parse_name(name) for name in names]
-        with self._lock():
-            description = self.dir / f"{digest}.json"
-            if not description.exists():
-                file.chmod(0o400)
-                os.chown(file, os.geteuid(), os.getegid())
-                image = Image(digest, config, file.stat().st_size, time.time_ns())
-                file.rename(self.file(digest))
-                _replace(description, json.dumps(image.description(), indent=1))
-            self._write_names({**self._names(), **dict.fromkeys(full, digest)})
-        return self._read(digest, self._names_by_digest())
 
     def copy_from(self, other: ImageStore, image: Image, names: Collection[str]) -> Image:
         """Take in an image of another store of ours, without copying it where the file system can link."""
@@ -407,10 +390,19 @@ class Build:
         self.lock = lock
 
     def finish(self, tree: Path, config: ImageConfig, names: Collection[str], d: Deadline) -> Image:
-        """Pack ``tree`` and take it into the store."""
-        out = self.path / "out"
-        erofs.pack(tree, out, d, pass_fds=(self.lock,))
-        return self.store.adopt(out / erofs.FILE, config, names)
+        """Take ``tree`` into the store, as the one layer of a new image."""
+        from isolat.images import authoring  # which needs this module
+        from isolat.images.flatten.pack import pack
+
+        layer = authoring.make_layer(self, lambda out: pack(tree, out, skip=_devices(tree)))
+        step = authoring.Step(config.source or f"a tree of the kind {config.kind}")
+        return authoring.derive(self.store, self, None, layer, step, names, config=config, d=d)
+
+
+def _devices(tree: Path) -> list[str]:
+    """What is in a tree's /dev, which is empty in every image: the rest of it must not depend on that."""
+    dev = tree / "dev"
+    return [] if dev.is_symlink() or not dev.is_dir() else [f"dev/{name}" for name in os.listdir(dev)]  # noqa: PTH208
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
@@ -418,13 +410,6 @@ def _link_or_copy(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
-
-
-def _digest(file: Path, config: ImageConfig) -> str:
-    with file.open("rb") as stream:
-        content = hashlib.file_digest(stream, "sha256").hexdigest()
-    key = {"builder": BUILDER_VERSION, "content": content, "config": config.to_json()}
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
 
 def _replace(path: Path, text: str) -> None:

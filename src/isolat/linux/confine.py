@@ -1,12 +1,14 @@
 """Run one program that reads what others wrote, with as little as possible: a script, not a module to import.
 
-``python -I -S confine.py [--read PATH]... [--write PATH]... [--user] -- PROGRAM ARG...``
+``python -I -S confine.py [--read PATH]... [--write PATH]... [--user | --nobody] [--network] [--file-bytes N]
+-- PROGRAM ARG...``
 
 What it guarantees, in order: the program dies with whoever started it (PR_SET_PDEATHSIG, prctl(2)); it has no network,
 no System V IPC and a host name of its own (unshare(2)); where the kernel has Landlock (landlock(7), Linux 5.13) it can
 read only below the ``--read`` paths and the system's libraries, and write only below the ``--write`` paths; with
 ``--user`` it runs as nobody, without new privileges, with CAP_DAC_READ_SEARCH as its only capability, so that it reads
-a tree of any owner and changes none.
+a tree of any owner and changes none; with ``--nobody`` it is the same without that capability. ``--network`` leaves it
+the machine's network, ``--file-bytes`` bounds the size of any file that it writes (RLIMIT_FSIZE).
 
 What it does not do: there is no system call filter, and without Landlock the program can read every file of the
 machine (it still cannot send it anywhere).
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import signal
 import struct
 import sys
@@ -84,9 +87,8 @@ def _allow(ruleset: int, path: str, rights: int) -> None:
     os.close(descriptor)
 
 
-def _as_nobody(program: list[str]) -> list[str]:
+def _as_nobody(program: list[str], keep: str) -> list[str]:
     """setpriv(1) sets the death signal last: the kernel clears it when a process changes its user."""
-    keep = "-all,+dac_read_search"
     return [
         *("setpriv", "--reuid", _NOBODY, "--regid", _NOBODY, "--clear-groups"),
         *("--inh-caps", keep, "--ambient-caps", keep, "--bounding-set", keep),
@@ -103,34 +105,56 @@ def _find(name: str) -> str:
     raise SystemExit(f"confine: could not find {name}")
 
 
-def _arguments(argv: list[str]) -> tuple[list[str], list[str], bool, list[str]]:
-    read: list[str] = []
-    write: list[str] = []
-    user = False
-    rest = list(argv)
-    while rest:
-        word = rest.pop(0)
+class Wanted:
+    """What the command line asks for. Python's own argparse would take longer than all the rest."""
+
+    __slots__ = ("capabilities", "file_bytes", "network", "program", "read", "write")
+
+    def __init__(self, argv: list[str]) -> None:
+        self.read: list[str] = []
+        self.write: list[str] = []
+        self.capabilities = ""  # of nobody, for setpriv; empty: who it was
+        self.network = False
+        self.file_bytes = -1
+        self.program: list[str] = []
+        rest = list(argv)
+        while rest and self._take(rest.pop(0), rest):
+            pass
+        if not self.program:
+            raise SystemExit("confine: no program given")
+
+    def _take(self, word: str, rest: list[str]) -> bool:
+        """Whether there may be more."""
         if word == "--":
-            return read, write, user, rest
+            self.program = rest
+            return False
         if word == "--user":
-            user = True
+            self.capabilities = "-all,+dac_read_search"
+        elif word == "--nobody":
+            self.capabilities = "-all"
+        elif word == "--network":
+            self.network = True
+        elif word == "--file-bytes" and rest:
+            self.file_bytes = int(rest.pop(0))
         elif word in ("--read", "--write") and rest:
-            (read if word == "--read" else write).append(rest.pop(0))
+            (self.read if word == "--read" else self.write).append(rest.pop(0))
         else:
-            break
-    raise SystemExit(f"confine: cannot understand {word!r}" if argv else "confine: no program given")
+            raise SystemExit(f"confine: cannot understand {word!r}")
+        return True
 
 
 def main() -> None:
-    read, write, user, program = _arguments(sys.argv[1:])
+    wanted = Wanted(sys.argv[1:])
     die_with(os.getppid())
-    if not leave_network():
+    if not wanted.network and not leave_network():
         sys.stderr.write("confine: no namespaces of its own: it runs with the machine's network\n")
-    program = _as_nobody(program) if user else program
+    program = _as_nobody(wanted.program, wanted.capabilities) if wanted.capabilities else wanted.program
     path, environment = _find(program[0]), dict(os.environ)  # now: Python's own modules are out of reach below
-    if read or write:
-        landlock(read, write)
-    if not user:
+    if wanted.file_bytes >= 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (wanted.file_bytes, wanted.file_bytes))
+    if wanted.read or wanted.write:
+        landlock(wanted.read, wanted.write)
+    if not wanted.capabilities:
         no_new_privileges()
     os.execve(path, program, environment)
 

@@ -104,7 +104,13 @@ def config(**changes: object) -> bytes:
 
 
 def test_a_configuration_is_read_and_null_counts_as_nothing() -> None:
-    inner = {"Env": ["A=1", "B=x=y"], "Cmd": None, "Entrypoint": ["/x"], "Labels": {"a": "b"}, "Volumes": {"/d": {}}}
+    inner: dict[str, object] = {
+        "Env": ["A=1", "B=x=y"],
+        "Cmd": None,
+        "Entrypoint": ["/x"],
+        "Labels": {"a": "b"},
+        "Volumes": {"/d": {}},
+    }
     found = oci.parse_config(config(config=inner, history=[{"created_by": "RUN x", "empty_layer": True}], created=None))
     assert found.env == (("A", "1"), ("B", "x=y"))
     assert (found.command, found.entrypoint, found.labels) == ((), ("/x",), (("a", "b"),))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from isolat.linux import btrfs, confine, loop, mounts
 
 
@@ -34,8 +36,17 @@ def test_a_plain_directory_is_no_subvolume(tmp_path: Path) -> None:
 
 
 def test_the_confinement_reads_its_arguments() -> None:
-    argv = ["--read", "/a", "--write", "/b", "--user", "--", "program", "--read"]
-    assert confine._arguments(argv) == (["/a"], ["/b"], True, ["program", "--read"])
+    wanted = confine.Wanted(["--read", "/a", "--write", "/b", "--user", "--", "program", "--read"])
+    assert (wanted.read, wanted.write, wanted.program) == (["/a"], ["/b"], ["program", "--read"])
+    assert (wanted.capabilities, wanted.network, wanted.file_bytes) == ("-all,+dac_read_search", False, -1)
+    wanted = confine.Wanted(["--nobody", "--network", "--file-bytes", "5", "--", "program"])
+    assert (wanted.capabilities, wanted.network, wanted.file_bytes) == ("-all", True, 5)
+
+
+@pytest.mark.parametrize("argv", [[], ["--read"], ["program"], ["--user", "--"], ["--what", "--", "program"]])
+def test_the_confinement_refuses_what_it_does_not_understand(argv: list[str]) -> None:
+    with pytest.raises(SystemExit, match="confine: "):
+        confine.Wanted(argv)
 
 
 def test_loop_config_has_the_kernels_size() -> None:
