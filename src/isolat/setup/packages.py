@@ -33,9 +33,7 @@ class Package:
 
 PACKAGES = (
     Package("crun", "the OCI runtime that makes containers", Group.REQUIRED, "container", "crun"),
-    Package(
-        "erofs-utils", "packs the tools of machines into one file (mkfs.erofs)", Group.REQUIRED, command="mkfs.erofs"
-    ),
+    Package("erofs-utils", "packs the tools of machines (mkfs.erofs)", Group.REQUIRED, command="mkfs.erofs"),
     Package(
         "btrfs-progs", "makes the pool with a disk limit for each environment", Group.REQUIRED, command="mkfs.btrfs"
     ),
