@@ -18,6 +18,7 @@ from isolat.volumes.base import LEFT_OUT, Known, known
 
 _PART_MAX = 255
 _MODES = 0o1777
+_NAME_BYTES = 1024  # about what a file system keeps of each file beside its data
 _PLACE = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _TYPES = {FILE: stat.S_IFREG, LINK: stat.S_IFREG, DIRECTORY: stat.S_IFDIR, SYMLINK: stat.S_IFLNK, FIFO: stat.S_IFIFO}
@@ -51,31 +52,33 @@ class Outgoing:
     def check_room(self, room: Mapping[bytes, int]) -> None:
         """Raises TooMuch where what comes takes so much more than what goes. ``room``: volume to bytes.
 
-        Counted is data, not holes; what cannot be looked at counts as if nothing went.
+        Counted is data, not holes, and something for each name. Counting again after a half of it is done is fine.
         """
         more = dict.fromkeys(room, 0)
         there: dict[bytes, bytes] = {}
         for entry, offset in Reader(self.archive):
             there[entry.path] = entry.kind
             volume = entry.path.split(b"/", 1)[0]
-            if volume in more and entry.kind == FILE and not entry.same:
-                more[volume] += data_bytes(self.archive, offset, entry.size) - self._taken(entry.path)
+            if volume in more and not entry.same:
+                data = data_bytes(self.archive, offset, entry.size) if entry.kind == FILE else 0
+                more[volume] += data + _NAME_BYTES - self._taken(entry.path)
         for path, was in self.base.items():
             volume = path.split(b"/", 1)[0]
-            if volume in more and was.kind == FILE and there.get(path) != FILE:
+            if volume in more and was.kind != LEFT_OUT and path not in there:
                 more[volume] -= self._taken(path)
-        for volume, bytes_ in more.items():
-            if bytes_ > room[volume]:
+        for volume, count in more.items():
+            if count > room[volume]:
                 name, free = os.fsdecode(volume), max(0, room[volume]) >> 20
-                raise TooMuch(f"{name}: what was written takes {_mib(bytes_)} MiB more, and {free} MiB are left in it")
+                raise TooMuch(f"{name}: what was written takes {_mib(count)} MiB more, and {free} MiB are left in it")
 
     def _taken(self, path: bytes) -> int:
-        """What is given back when the file at this path goes, or is replaced: nothing where it has other names."""
+        """What is given back when what is at this path goes, or is replaced."""
         if b"/" not in path:
-            return 0
+            return _NAME_BYTES
         with contextlib.suppress(OSError, InTheWay), self._parent(path) as (dir_fd, name):
             st = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
-            return st.st_blocks * 512 if stat.S_ISREG(st.st_mode) and st.st_nlink == 1 else 0
+            data = st.st_blocks * 512 if stat.S_ISREG(st.st_mode) and st.st_nlink == 1 else 0
+            return data + _NAME_BYTES
         return 0
 
     def carry_out(self) -> None:
@@ -233,7 +236,7 @@ class Outgoing:
     @contextlib.contextmanager
     def _parent(self, path: bytes) -> Iterator[tuple[int, bytes]]:
         """The open directory that the path's last part is in, and that part."""
-        volume, *between, name = path.split(b"/")
+        volume, *between, name = path.split(b"/") if b"/" in path else (b"", path)
         if volume not in self.volumes or not all(_part(part) for part in (*between, name)):
             raise InTheWay("this is no name in a volume")
         fd = os.open(".", _PLACE, dir_fd=self.volumes[volume])

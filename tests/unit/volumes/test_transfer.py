@@ -36,12 +36,14 @@ class Trip:
         self.archive = self.state / transfer.ARCHIVE
         self.owner = Owner(os.geteuid(), os.getegid())
         self.read_only = False
+        self.named = False
+        self.room = -1
         self.fds: list[int] = []
 
     def _volumes(self) -> list[Volume]:
         fd = os.open(self.outside, os.O_PATH)
         self.fds.append(fd)
-        return [Volume("0", fd, self.read_only)]
+        return [Volume("0", fd, self.read_only, named=self.named, room_bytes=self.room)]
 
     def there(self, limit: int = LIMIT) -> list[str]:
         left = transfer.bring_in(self.archive, self._volumes(), self.owner, limit, Deadline(30))
@@ -282,3 +284,74 @@ class TestOfAnUnprivilegedCaller:
         trip.inside.write_text("changed")
         assert trip.back() == ["0: Permission denied"]
         assert trip.outside.read_text() == "of root"
+
+
+def test_what_does_not_fit_changes_nothing_and_what_is_replaced_gives_its_room(trip: Trip) -> None:
+    (trip.outside / "old").write_bytes(os.urandom(4 << 20))
+    (trip.outside / "goes").write_bytes(os.urandom(2 << 20))
+    trip.there()
+    (trip.inside / "old").write_bytes(os.urandom(5 << 20))
+    (trip.inside / "goes").unlink()
+    (trip.inside / "new").write_bytes(os.urandom(3 << 20))
+    trip.room = 1 << 20
+    before = {path.name: path.read_bytes() for path in trip.outside.iterdir()}
+    trip.pack()
+    with pytest.raises(StoreError, match="0: what was written takes 2 MiB more, and 1 MiB are left in it"):
+        trip.carry()
+    assert {path.name: path.read_bytes() for path in trip.outside.iterdir()} == before
+    trip.room = 3 << 20
+    assert trip.carry() == []
+    assert (trip.outside / "old").stat().st_size == 5 << 20
+    trip.room = 1 << 20
+    assert trip.carry() == []  # it is there already
+
+
+@pytest.mark.root
+def test_a_named_volume_keeps_its_numbers_whoever_the_caller_is(trip: Trip) -> None:
+    other = trip.outside.with_name("other")
+    other.mkdir()
+    os.chown(other, CALLER, CALLER)
+    os.chown(trip.outside, 33, 44)
+    trip.outside.chmod(0o700)
+    (trip.outside / "theirs").write_text("x")
+    os.chown(trip.outside / "theirs", 7, 8)
+    trip.owner = Owner(CALLER, CALLER)
+
+    def volumes() -> list[Volume]:
+        trip.fds += [os.open(other, os.O_PATH), os.open(trip.outside, os.O_PATH)]
+        return [Volume("0", trip.fds[-2]), Volume("1", trip.fds[-1], named=True, room_bytes=1 << 20)]
+
+    assert transfer.bring_in(trip.archive, volumes(), trip.owner, LIMIT, Deadline(30)) == []
+    subprocess.run([AGENT, "--unpack", trip.archive, trip.machine], check=True)
+    inside = {path: trip.machine / path for path in ("0", "1", "1/theirs")}
+    assert {name: path.stat().st_uid for name, path in inside.items()} == {"0": 0, "1": 33, "1/theirs": 7}
+    for name in ("0", "1"):
+        (trip.machine / name / "new").write_text(name)
+        os.chown(trip.machine / name / "new", 5, 6)
+    subprocess.run([AGENT, "--pack", trip.archive, trip.machine, str(LIMIT), "", "0", "1"], check=True)
+    assert transfer.take_back(trip.archive, volumes(), trip.owner, "test", Deadline(30)) == []
+    assert ((other / "new").stat().st_uid, (trip.outside / "new").stat().st_uid) == (CALLER, 5)
+
+
+@pytest.mark.root
+def test_what_an_image_has_is_put_into_a_volume_as_it_is(trip: Trip) -> None:
+    source, target = trip.outside, trip.machine
+    target.mkdir()
+    (source / "d" / "e").mkdir(parents=True)
+    (source / "d" / "x").write_text("x")
+    os.link(source / "d" / "x", source / "again")
+    (source / "away").symlink_to("/etc/passwd")
+    os.mkfifo(source / "fifo", 0o600)
+    os.mknod(source / "null", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+    with (source / "sparse").open("wb") as file:
+        file.truncate(1 << 30)
+    os.chown(source / "d", 33, 44)
+    (source / "d").chmod(0o2750)
+    os.utime(source / "d", ns=(7, 1_000_000_007))
+    source.chmod(0o1777)
+    trip.fds += [os.open(source, os.O_PATH), os.open(target, os.O_PATH)]
+    assert transfer.seed(trip.fds[-2], trip.fds[-1], Deadline(30)) == ["image/null: a device or a socket"]
+    told = "find . -mindepth 1 -not -name null -printf '%p %y %#m %U %G %s %T@ %l %n\\n' | sort; stat -c '%a %u' ."
+    seen = [subprocess.run(["sh", "-c", told], cwd=at, capture_output=True, check=True) for at in (source, target)]
+    assert seen[0].stdout == seen[1].stdout
+    assert (target / "sparse").stat().st_blocks == 0
