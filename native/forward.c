@@ -37,7 +37,7 @@ static void rebuild(Buf *b, Span body, const char *rest, const Proc *spawned, in
     uint8_t tag;
     Span value;
     while (field_next(&body, &tag, &value))
-        if (tag != T_TO && !(spawned && (tag == T_FLAGS || tag == T_STREAM || (tag == T_INVERSE && node.after))))
+        if (tag != T_TO && !(spawned && (tag == T_FLAGS || tag == T_STREAM || tag == T_HOME || (tag == T_INVERSE && node.after))))
             put_bytes(b, tag, value.p, value.n);
     if (*rest)
         put_text(b, T_TO, rest);

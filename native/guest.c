@@ -5,6 +5,7 @@
 #include <fcntl.h>
 #include <signal.h>
 #include <stdio.h>
+#include <string.h>
 
 static void guest_frame(Peer *peer, Frame *f);
 static void guest_gone(Peer *peer);
@@ -74,6 +75,7 @@ static bool guest_exited(Proc *g, const Frame *f)
     Proc *p = proc_find(name);
     if (!p || !p->remote || p->guest != g || p->state != ALIVE || f->nfds || !within(code, 255) || !within(signal, 64))
         return false;
+    p->with_guest = !strcmp(field_text(f->body, T_STAGE), "guest");
     proc_exited(p, (int)code, (int)signal);
     return true;
 }

@@ -31,6 +31,11 @@ typedef struct {
     int stream;
 } Stream;
 
+typedef struct {
+    int dir, fd; /* fd: of the newest file; -1: none yet */
+    int64_t written;
+} Log;
+
 struct Proc {
     Proc *next;
     char *name; /* full */
@@ -79,6 +84,7 @@ struct Proc {
     pid_t after_pid; /* that, while it is done */
     /* of what is in a guest */
     bool with_guest;    /* it ended because its guest did */
+    Log *home;          /* of an environment of its own: its log and its record; NULL: the keeper's own */
 };
 
 enum Parking { AWAKE, ASKED, PARKED };
@@ -225,9 +231,11 @@ bool steps_do(Span body, int *fds, int nfds, Failure *f, Buf *tail);
 
 /* logs.c */
 void log_open(int64_t bytes, int files);
-void log_write(int stream, const void *p, size_t n);
+void log_write(const Proc *p, int stream, const void *data, size_t n);
 void log_guest(const void *p, size_t n);
 void log_exit(const Proc *p);
+bool home_open(Proc *p, const char *dir); /* false, with errno: there is no such directory */
+void home_close(Proc *p);
 void log_tail(const void *p, size_t n); /* a guest's last words */
 
 #endif

@@ -71,6 +71,7 @@ void proc_drop(Proc *p)
     source_close(&p->result);
     close_fd(&p->master);
     buf_free(&p->leftover);
+    home_close(p);
     after_free(p);
     free(p->pidfile);
     free(p->tail);
@@ -108,7 +109,7 @@ void proc_started(Proc *p)
     Buf body = {0};
     p->state = ALIVE;
     p->started_ns = now_ns();
-    if (p->flags & F_MAIN)
+    if (p->flags & F_MAIN && !(p->flags & F_APART))
         node.main_spawned = true;
     put_int(&body, T_PID, p->pid);
     answer(p, K_OK, &body, p->master);
@@ -417,6 +418,17 @@ void proc_reap(void)
         one_reaped(pid, status);
 }
 
+/* MAIN's end is its guest's. What is APART ends the guest that it is in itself, and none around that: the keeper's own
+   guest is another environment's. */
+static bool takes_its_guest(const Proc *p)
+{
+    if (!(p->flags & F_MAIN) || !p->guest)
+        return false;
+    if (!(p->flags & F_APART))
+        return true;
+    return !node.keeper && !strchr(p->name + strlen(p->guest->name) + 1, '/');
+}
+
 void proc_exited(Proc *p, int code, int signal)
 {
     if (after_begins(p, code, signal))
@@ -427,7 +439,7 @@ void proc_exited(Proc *p, int code, int signal)
     p->ended_ns = now_ns();
     /* MAIN's guest goes first: then nobody can write any more, and the streams can be read to their end. The same
        where the guest is gone. Elsewhere a background child may hold the stream open: take what is there. */
-    if (p->flags & F_MAIN && p->guest)
+    if (takes_its_guest(p))
         guest_leave(p->guest);
     if (p->number && !p->up) {
         serial_ended(p);
@@ -460,7 +472,8 @@ void proc_finish(Proc *p)
     stream_close(p);
     if (p->flags & F_MAIN && node.keeper) {
         log_exit(p);
-        node.main_ended = true;
+        home_close(p);
+        node.main_ended = node.main_ended || !(p->flags & F_APART);
     }
     client_tell_exit(p);
     if (p->unbound)

@@ -69,6 +69,7 @@ static void hello(Peer *who, const Frame *f)
     put_int(&body, T_VERSION, WIRE_VERSION);
     put_text(&body, T_ROLE, node.role);
     put_int(&body, T_PID, getpid());
+    put_int(&body, T_FLAGS, FLAGS_KNOWN);
     peer_reply(who, K_OK, f->id, &body);
 }
 
@@ -139,17 +140,28 @@ static bool spawn_local(Proc *p, Frame *f, Failure *failure)
     return proc_spawn(p, &c, (int)field_int(f->body, T_ROWS, 0), (int)field_int(f->body, T_COLS, 0), failure);
 }
 
+/* Log and record are kept here. An environment of its own is one as far as to the guest that it is in. */
+static int flags_inside(const Proc *p, const char *rest)
+{
+    int flags = p->flags;
+    if (flags & F_APART)
+        flags &= *rest ? ~0 : ~(F_MAIN | F_APART);
+    else if (node.holds)
+        flags &= ~F_MAIN;
+    return node.holds ? flags & ~F_LOG : flags;
+}
+
 /* Through a guest. Its streams stay here: the guest gets their other ends. */
 static bool spawn_remote(Proc *p, Frame *f, const char *to, Failure *failure)
 {
     const char *rest;
-    int flags = p->flags & ~(node.holds ? F_LOG | F_MAIN : 0);
     Proc *guest = forward_guest(to, &rest);
     p->remote = true;
     if (!guest) {
         failure_set(failure, "guest", ESRCH, 0, "no guest \"%.200s\" is there", to);
         return false;
     }
+    int flags = flags_inside(p, rest);
     if (guest->serial && (f->nfds || !node.keeper)) {
         failure_set(failure, "guest", EOPNOTSUPP, 0, "nothing but frames can travel to this guest");
         return false;
@@ -179,10 +191,13 @@ static const char *spawn_refusal(const Frame *f, int flags)
     Span argv;
     if (!field_find(f->body, T_ARGV, &argv) || !argv.n)
         return "ARGV is missing";
-    if (flags & ~255 || f->nfds != (flags & F_FDS ? 3 : 0) || (flags & F_FDS && flags & F_TTY) ||
+    if (flags & ~FLAGS_KNOWN || f->nfds != (flags & F_FDS ? 3 : 0) || (flags & F_FDS && flags & F_TTY) ||
         (flags & F_SERIAL && (!(flags & F_CONTROL) || flags & F_LAUNCHER)))
         return "FLAGS and descriptors do not fit";
-    if (flags & F_MAIN && node.main_spawned)
+    if (flags & F_APART && (!(flags & F_MAIN) || !*field_text(f->body, T_TO) ||
+                            (node.keeper && *field_text(f->body, T_HOME) != '/')))
+        return "what is APART is a MAIN in a guest, with a HOME";
+    if (flags & F_MAIN && !(flags & F_APART) && node.main_spawned)
         return "there is a MAIN already";
     if (node.quitting)
         return "quitting";
@@ -220,6 +235,15 @@ static void spawn_options(Proc *p, Peer *who, const Frame *f)
         serial_started_local(p, who, (uint32_t)number);
 }
 
+static bool at_home(Proc *p, const Frame *f, Failure *failure)
+{
+    const char *dir = field_text(f->body, T_HOME);
+    if (!node.keeper || !(p->flags & F_APART) || home_open(p, dir))
+        return true;
+    failure_set(failure, "home", errno, 0, "\"%.200s\": %s", dir, strerror(errno));
+    return false;
+}
+
 static void spawn_request(Peer *who, Frame *f)
 {
     char name[MAX_NAME + 1];
@@ -242,7 +266,7 @@ static void spawn_request(Peer *who, Frame *f)
     proc_wait_start(p, who, f->id);
     if (refusal)
         failure_set(&failure, "request", EINVAL, 0, "%s", refusal);
-    if (refusal || !(*to ? spawn_remote(p, f, to, &failure) : spawn_local(p, f, &failure)))
+    if (refusal || !at_home(p, f, &failure) || !(*to ? spawn_remote(p, f, to, &failure) : spawn_local(p, f, &failure)))
         proc_failed(p, &failure);
 }
 

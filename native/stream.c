@@ -69,7 +69,7 @@ void stream_deliver(Proc *p, int stream, const uint8_t *data, size_t n)
         return;
     }
     if (p->flags & F_LOG)
-        log_write(stream, data, n);
+        log_write(p, stream, data, n);
     uint8_t *body = (uint8_t *)data - 1;
     Frame f = {.kind = K_DATA, .body = {body, n + 1}};
     body[0] = (uint8_t)stream;

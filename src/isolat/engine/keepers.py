@@ -113,6 +113,7 @@ class Keepers:
         frame, _ = link.request(k.HELLO, [(k.T_VERSION, k.VERSION), (k.T_ROLE, "daemon")], d)
         version = frame.int(k.T_VERSION)
         link.pid = frame.int(k.T_PID)
+        link.flags = frame.int(k.T_FLAGS, k.FIRST_FLAGS)
         if not OLDEST_VERSION <= version <= k.VERSION:
             link.close()
             raise StartFailed(

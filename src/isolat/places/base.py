@@ -85,6 +85,7 @@ class Io:
     main: bool = False  # its end is the environment's
     rows: int = 0
     cols: int = 0
+    home: str = ""  # of a main process beside another's: the directory of its log and record, on the keeper's machine
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,7 @@ class Link:
         self._descriptors: list[int] = []
         self.closed = False
         self.pid = 0
+        self.flags = k.FIRST_FLAGS  # of SPAWN, which it knows
         self.process: subprocess.Popen[bytes] | None = None  # the keeper, where it is our child
         seconds = _SEND_LIMIT_S.to_bytes(8, "little") + bytes(8)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, seconds)

@@ -228,5 +228,7 @@ def _io_fields(cmd: Command, io: Io) -> Fields:
         | (k.F_CONTROL if cmd.control else 0)
         | (k.F_LAUNCHER if cmd.pidfile else 0)
         | (k.F_SERIAL if cmd.serial else 0)
+        | (k.F_APART if io.home else 0)
     )
-    return [(k.T_FLAGS, flags), (k.T_ROWS, io.rows), (k.T_COLS, io.cols)]
+    home: Fields = [(k.T_HOME, os.fsencode(io.home))] if io.home else []
+    return [(k.T_FLAGS, flags), (k.T_ROWS, io.rows), (k.T_COLS, io.cols), *home]

@@ -95,6 +95,7 @@ T_SPACES: Final = 46  # int: CLONE_NEW* of the namespaces that the child starts 
 T_PARK: Final = 47  # int, ms
 T_GRACE: Final = 48  # int, ms
 T_HOST: Final = 49  # text
+T_HOME: Final = 50  # bytes
 
 # flags of SPAWN
 F_TTY: Final = 1
@@ -105,6 +106,8 @@ F_LOG: Final = 16
 F_MAIN: Final = 32
 F_FDS: Final = 64
 F_SERIAL: Final = 128
+F_APART: Final = 256
+FIRST_FLAGS: Final = 255  # of SPAWN: what those know who don't say in their HELLO which they do
 # flags of WRITE
 F_TRUNCATE: Final = 1
 

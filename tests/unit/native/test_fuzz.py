@@ -71,12 +71,14 @@ def connect(held: Held) -> Controller:
 
 
 KINDS = sorted(k.KIND_NAMES)
-TAGS = st.integers(0, 50)
+TAGS = st.integers(0, 51)
 # Everything but what would do harm to this machine: no TO to nowhere is needed, no path outside of nowhere.
 WORDS = st.sampled_from(
     [b"", b"p", b"q", b"guest", b"guest/p", b"/nowhere/isolat/x", b"a/b", b"/", b"//", b"\0", b"x" * 300]
 )
-NUMBERS = st.one_of(st.integers(0, 130), st.sampled_from([-1, 1 << 31, 1 << 62, -(1 << 63)]))
+NUMBERS = st.one_of(
+    st.integers(0, 130), st.sampled_from([-1, k.F_APART | k.F_MAIN | k.F_LOG, 511, 512, 1 << 31, 1 << 62, -(1 << 63)])
+)
 RAW = st.binary(max_size=40)
 
 
@@ -260,8 +262,9 @@ def serial_answers(draw: st.DrawFn) -> bytes:
 @given(
     first=st.one_of(st.just(GREETING), broken(), serial_answers()),
     parts=st.lists(st.one_of(serial_answers(), stream_frames(), broken()), max_size=6),
+    apart=st.booleans(),
 )
-def test_guests_without_descriptors(keeper: Held, first: bytes, parts: list[bytes]) -> None:
+def test_guests_without_descriptors(keeper: Held, first: bytes, parts: list[bytes], apart: bool) -> None:
     c = keeper.c
     argv = ["/usr/bin/python3", "-IS", "-c", SERIAL_GUEST, SOURCE, first.hex(), *(part.hex() for part in parts)]
     more: codec.Fields = [(k.T_PARK, 20), (k.T_GRACE, 20)]
@@ -269,8 +272,9 @@ def test_guests_without_descriptors(keeper: Held, first: bytes, parts: list[byte
         c.answer(c.send(k.SPAWN, spawn_fields("guest", argv, k.F_CONTROL | k.F_SERIAL, more=more)), 0.3)
     client: Client = c.adopt("guest/p", stdin=True)
     client.send_bytes(codec.pack_eof(k.STDIN))
+    flags, home = (k.F_STDIN | k.F_APART | k.F_MAIN | k.F_LOG, bytes(keeper.log.parent)) if apart else (k.F_STDIN, b"")
     asked = [
-        c.send(k.SPAWN, spawn_fields("p", ["true"], k.F_STDIN, to="guest")),
+        c.send(k.SPAWN, spawn_fields("p", ["true"], flags, to="guest", more=[(k.T_HOME, home)])),
         c.send(k.SPAWN, spawn_fields("t", ["true"], k.F_TTY, to="guest")),
         c.send(k.RESIZE, [(k.T_KEY, "guest/t"), (k.T_ROWS, 1), (k.T_COLS, 1)]),
     ]
