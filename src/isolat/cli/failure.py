@@ -20,6 +20,7 @@ _OPTIONS = {
     "x-oci-runtime": "--oci-runtime",
     "x-accel": "--accel",
     "x-kernel": "--kernel",
+    "x-in": "--in",
 }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from isolat.cli import options as o
 from isolat.client import connect, times
 from isolat.errors import IsolatError, Lost, NotFound
 
-_FILTERS = ("id", "name", "image", "layer", "state", "label")
+_FILTERS = ("id", "name", "image", "layer", "in", "state", "label")
 _COMMAND_CHARACTERS = 40
 
 
@@ -29,7 +29,7 @@ def ps(parsed: o.Parsed) -> int:
         whole = parsed.flag("no_trunc")
         tables.print_lines(row["id"] if whole else row["id"][: tables.ID_CHARACTERS] for row in rows)
     else:
-        titles = ("ID", "NAME", "IMAGE", "LAYER", "COMMAND", "STATUS", "CREATED")
+        titles = ("ID", "NAME", "IMAGE", "LAYER", "IN", "COMMAND", "STATUS", "CREATED")
         tables.print_table(titles, [_row(row, parsed.flag("no_trunc")) for row in rows])
     return 0
 
@@ -40,6 +40,7 @@ def _row(row: dict[str, Any], whole: bool) -> list[str]:
         row["name"],
         row["image"],
         row["layer"],
+        row.get("in") or "",
         tables.shorten(shlex.join(row["command"]), _COMMAND_CHARACTERS, whole),
         row["status"],
         times.age(row["created_ns"]),

@@ -23,6 +23,7 @@ _CARRIED_S = 600.0  # with volumes: a machine's are carried back by the daemon
 _PLAIN = {
     "name": "container_name",
     "layer": "runtime",
+    "in": "x-in",
     "user": "user",
     "hostname": "hostname",
     "memory": "mem_limit",

@@ -15,6 +15,7 @@ class Options(TypedDict, total=False):
 
     name: str
     layer: str
+    inside: str
     environment: Mapping[str, str]
     working_dir: str
     user: str | int
@@ -43,7 +44,8 @@ class Options(TypedDict, total=False):
 
 # option → key of the spec, where the value is passed on as it was given
 _KEYS = {
-    "name": "container_name", "layer": "runtime", "environment": "environment", "working_dir": "working_dir",
+    "name": "container_name", "layer": "runtime", "inside": "x-in",
+    "environment": "environment", "working_dir": "working_dir",
     "user": "user", "hostname": "hostname", "read_only": "read_only", "init": "init", "network": "network_mode",
     "memory": "mem_limit", "memory_swap": "memswap_limit", "cpus": "cpus", "cpu_shares": "cpu_shares",
     "pids": "pids_limit", "tmpfs": "tmpfs", "labels": "labels", "stop_grace_s": "stop_grace_period",

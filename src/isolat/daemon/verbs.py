@@ -132,6 +132,12 @@ def ps(call: Call) -> Answer:
     return {"environments": rows}
 
 
+def _around(env: Environment) -> str:
+    """The name of the environment that it is in; empty where it is in none."""
+    around = env.handle.around
+    return (env.outer.name if env.outer else around.name) if around else ""
+
+
 def _row(env: Environment) -> Answer:
     handle = env.handle
     main = handle.frames[-1].main
@@ -139,7 +145,8 @@ def _row(env: Environment) -> Answer:
         "id": env.id,
         "name": env.name,
         "image": handle.image,
-        "layer": "/".join(frame.layer for frame in handle.frames),
+        "layer": "/".join(handle.layers),
+        "in": _around(env),
         "command": list(main.argv) if main else [],
         "state": str(env.state),
         "status": _status(env),
@@ -172,7 +179,8 @@ def inspect(call: Call) -> Answer:
     env = call.engine.find(call.args.text("env"))
     handle = env.handle
     data = handle.to_json()
-    data["layer"] = "/".join(frame.layer for frame in handle.frames)
+    data["layer"] = "/".join(handle.layers)
+    data["inside"] = [inner.id for inner in call.engine.table.inside(env)]
     data["plan"] = [[step.describe() for step in frame.steps] for frame in handle.frames]
     data["uid_base"] = call.engine.uid_base(handle.uid_index)
     data["directory"] = str(env.directory)

@@ -25,6 +25,7 @@ from isolat.engine import admission, states
 from isolat.engine.creation import Planned
 from isolat.engine.environment import Environment
 from isolat.engine.handle import Handle
+from isolat.engine.hosting import Hosting
 from isolat.engine.journal import log
 from isolat.engine.keepers import Keepers
 from isolat.engine.maker import START_S, Caller, Maker, adopt
@@ -64,7 +65,14 @@ class Copying:
     """The verbs ``fork``, ``snapshot`` and ``run --from-snapshot``."""
 
     def __init__(
-        self, facts: Facts, keepers: Keepers, table: Table, supervisor: Supervisor, maker: Maker, snapshots: Snapshots
+        self,
+        facts: Facts,
+        keepers: Keepers,
+        table: Table,
+        supervisor: Supervisor,
+        maker: Maker,
+        snapshots: Snapshots,
+        hosting: Hosting,
     ) -> None:
         self._facts = facts
         self._keepers = keepers
@@ -72,6 +80,7 @@ class Copying:
         self._supervisor = supervisor
         self._maker = maker
         self._snapshots = snapshots
+        self._hosting = hosting
 
     # verbs
 
@@ -87,7 +96,7 @@ class Copying:
                 checkpoint()
             copy = self._copy_in_memory(env, made[0].disk, open_, d)
             begun = self._begin(made[0], layer, copy)  # its QEMU starts while the copy is made
-            with env.operation("being copied", Deadline(OPERATION_WAIT_S)):
+            with env.hosting, env.operation("being copied", Deadline(OPERATION_WAIT_S)):
                 copied = self._take(env, layer, copy, d)
             _check_memory(count * copied.own_bytes)
             for child in made[1:]:
@@ -104,7 +113,7 @@ class Copying:
         layer, _ = self._copyable(Verb.SNAPSHOT, env)
         d = Deadline(START_S)
         with self._snapshots.making(name, env.handle) as files, ExitStack() as open_:
-            with env.operation("being copied", Deadline(OPERATION_WAIT_S)):
+            with env.hosting, env.operation("being copied", Deadline(OPERATION_WAIT_S)):
                 copy = replace(self._copy_in_memory(env, files.disk, open_, d), state=files.state)
                 copied = self._take(env, layer, copy, d)
             checkpoint()
@@ -154,8 +163,18 @@ class Copying:
                 f"{env.name} can't be copied: it has volumes, whose contents would be of several machines",
                 hint="run it without volumes",
             )
+        self._check_alone(env)
         layer.check_snapshot(frame)
         return layer, frame
+
+    def _check_alone(self, env: Environment) -> None:
+        """What others in it have there would come back from a copy that knows nothing of them."""
+        inner = sorted(other.name for other in self._table.inside(env))
+        if inner:
+            raise Unsupported(
+                f"{env.name} can't be copied: others are in it: {', '.join(inner)}",
+                hint="remove them with `isolat rm`, or copy it before they are put in",
+            )
 
     def _copy_in_memory(self, env: Environment, disk: int, open_: ExitStack, d: Deadline) -> Copy:
         ram = WiredPlace(env.live_link, self._facts).fetch("ram", d)
@@ -166,6 +185,8 @@ class Copying:
     def _take(self, env: Environment, layer: CanSnapshot, copy: Copy, d: Deadline) -> Copied:
         if env.state != State.RUNNING:
             raise IllegalState(f"{env.name} has just ended")
+        self._check_alone(env)
+        self._hosting.leave_bare(env, d)
         mark = env.directory / _MARK
         mark.touch(0o600)
         try:

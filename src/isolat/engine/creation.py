@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from isolat.deadline import Deadline
 from isolat.engine.admission import uid_base
-from isolat.engine.handle import Handle
+from isolat.engine.handle import Around, Handle
 from isolat.engine.paths import StateRoot
 from isolat.errors import InternalError, Unsupported, UsageError
 from isolat.layers import microvm, volumes
@@ -30,6 +30,7 @@ from isolat.layers.base import (
     State,
 )
 from isolat.places.base import Place
+from isolat.places.steps import Leftover
 from isolat.spec.model import DEFAULT_CPUS, DEFAULT_DISK_BYTES, DEFAULT_MEMORY_BYTES, DEFAULT_PIDS, Spec
 from isolat.spec.values import signal_number
 
@@ -53,6 +54,7 @@ class Request:
     caller_uid: int = 0
     caller_gid: int = 0
     machine: MachineKit | None = None
+    around: Around | None = None
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,38 @@ def plan_stack(
     d: Deadline,
 ) -> list[Planned]:
     """Plan every layer, from the hardware up. Raises Unsupported where a layer is not ready or cannot do it."""
-    planned: list[Planned] = []
     job = outer_job(request, place, paths, _command(request), str(libexec))
+    return _plan_layers(request, job, stack, place, GUEST, probe, d)
+
+
+def plan_inside(
+    request: Request,
+    stack: tuple[Layer, ...],
+    around: Sequence[tuple[Layer, Place]],
+    paths: StateRoot,
+    libexec: Path,
+    probe: Prober,
+    d: Deadline,
+) -> list[Planned]:
+    """The same for an environment that is put into another one: its own limits hold there.
+
+    ``around``: every layer around it, from the hardware up, each with its inside.
+    """
+    place = around[-1][1]
+    job = outer_job(request, place, paths, _command(request), str(libexec))
+    for layer, inside in around:
+        job = _within(job, layer, inside)
+    first, *others = _plan_layers(request, job, stack, place, request.id, probe, d)
+    steps = (Leftover(job.dir, keep=True), *first.plan.steps)  # all its files in that place are below this directory
+    plan, frame = replace(first.plan, steps=steps), replace(first.frame, steps=steps)
+    return [Planned(first.layer, plan, frame), *others]
+
+
+def _plan_layers(
+    request: Request, job: Job, stack: tuple[Layer, ...], place: Place, guest_key: str, probe: Prober, d: Deadline
+) -> list[Planned]:
+    """``guest_key``: of the outermost; those inside are alone in theirs."""
+    planned: list[Planned] = []
     for depth, layer in enumerate(stack):
         last = depth == len(stack) - 1
         found = probe(layer, place, d)
@@ -83,7 +115,8 @@ def plan_stack(
             raise Unsupported(f"the layer {layer.name} is not ready here: {found.reason}", hint=found.remedy)
         this = job if last else replace(job, command=())
         plan = layer.plan(this, found)
-        frame = replace(frame_of(layer, plan, last=last), stop_signal=_stop_signal(request))
+        frame = frame_of(layer, plan, last=last, guest_key=GUEST if depth else guest_key)
+        frame = replace(frame, stop_signal=_stop_signal(request))
         planned.append(Planned(layer, plan, frame))
         if not last:
             if not isinstance(layer, CanEnter):
@@ -109,10 +142,11 @@ def handle_of(request: Request, planned: list[Planned], boot_id: str) -> Handle:
         remove=request.spec.remove,
         caller_uid=request.caller_uid,
         labels=request.spec.labels,
+        around=request.around,
     )
 
 
-def frame_of(layer: Layer, plan: Plan, *, last: bool) -> Frame:
+def frame_of(layer: Layer, plan: Plan, *, last: bool, guest_key: str = GUEST) -> Frame:
     if last and plan.main is None:
         raise InternalError(f"the layer {layer.name} planned no application")
     inside = plan.guest is not None and plan.main_in_guest
@@ -120,11 +154,12 @@ def frame_of(layer: Layer, plan: Plan, *, last: bool) -> Frame:
         layer=layer.name,
         steps=plan.steps,
         has_guest=plan.guest is not None,
-        main_key=(f"{GUEST}/{MAIN}" if inside else MAIN) if last else "",
+        main_key=(f"{guest_key}/{MAIN}" if inside else MAIN) if last else "",
         main=plan.main if last else None,
         guest=plan.guest,
         options=plan.options,
         inside=plan.inside,
+        guest_key=guest_key,
     )
 
 
@@ -177,7 +212,7 @@ def outer_job(request: Request, place: Place, paths: StateRoot, command: tuple[s
 def _inner_job(job: Job, layer: Layer, inside: Place) -> Job:
     """The job of the next layer, as seen from inside this one: volumes, limits and image stay with the outermost."""
     if layer.capabilities.machine:
-        return _job_in_machine(job, inside)
+        return _within(_left_by_machine(job), layer, inside)
     spec = replace(
         job.spec,
         volumes=(),
@@ -188,23 +223,40 @@ def _inner_job(job: Job, layer: Layer, inside: Place) -> Job:
         pids_limit=DEFAULT_PIDS,
         disk_bytes=DEFAULT_DISK_BYTES,
     )
-    job = replace(job, spec=spec, facts=inside.facts, upper="", cgroup="")
+    return _within(replace(job, spec=spec), layer, inside)
+
+
+def _within(job: Job, layer: Layer, inside: Place) -> Job:
+    """The same job, with the directories and whatever else the inside of this layer has for it."""
+    if layer.capabilities.machine:
+        return replace(
+            job,
+            facts=inside.facts,
+            dir=f"{microvm.INSIDE}/environments/{job.id}",
+            libexec=f"{microvm.TOOLS}/bin",
+            runtime_root=f"{microvm.INSIDE}/runtime",
+            upper=f"{microvm.DISK}/{job.id}",
+            upper_bounded=True,
+            cgroup=f"/isolat/{job.id}",
+            opened=False,
+            caller_uid=0,  # whose volumes they are is root inside
+            caller_gid=0,
+        )
     shared = layer.capabilities.boundary == Boundary.NONE
     return replace(
         job,
+        facts=inside.facts,
+        upper="",
+        cgroup="",
         dir=f"{job.dir}/inner" if shared else f"{INSIDE_DIRECTORY}/{job.id}",
         libexec=job.libexec if shared else INSIDE_LIBEXEC,
     )
 
 
-def _job_in_machine(job: Job, inside: Place) -> Job:
+def _left_by_machine(job: Job) -> Job:
     """The machine's own memory and disk are the limits; the image is mounted, the tools are there (layers/microvm)."""
     return replace(
         job,
-        facts=inside.facts,
-        dir=f"{microvm.INSIDE}/environments/{job.id}",
-        libexec=f"{microvm.TOOLS}/bin",
-        runtime_root=f"{microvm.INSIDE}/runtime",
         image=microvm.inner_image(job.image) if job.image else None,
         spec=replace(
             job.spec,
@@ -214,13 +266,7 @@ def _job_in_machine(job: Job, inside: Place) -> Job:
             cpus=DEFAULT_CPUS,
             disk_bytes=DEFAULT_DISK_BYTES,
         ),
-        upper=f"{microvm.DISK}/{job.id}",
-        upper_bounded=True,
-        cgroup=f"/isolat/{job.id}",
         after=volumes.after(job, microvm.VOLUMES, microvm.INNER_GROUP),
-        opened=False,
-        caller_uid=0,  # whose volumes they are is root inside
-        caller_gid=0,
     )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from isolat.checkpoint import checkpoint
 from isolat.deadline import Deadline
+from isolat.engine import within
 from isolat.engine.carrying import Carried, carry_back, in_all
 from isolat.engine.environment import Environment
 from isolat.engine.handle import HANDLE, guest_words, read_exit
@@ -59,25 +60,34 @@ class Endings:
         env.save(
             state=State.EXITED if exit is not None else State.LOST,
             exit=exit,
-            reason=in_all(reason or env.stop_reason or guest_death(env, exit), env.remark, carried.said),
+            reason=in_all(reason or env.stop_reason or self.death(env, exit), env.remark, carried.said),
             remove=handle.remove and not carried.kept,
             started_ns=handle.started_ns or (exit.started_ns if exit else 0),
         )
+        if handle.around is not None:
+            within.forget(env, self.facts)
 
     def destroy(self, env: Environment) -> None:
         """Remove every trace. Raises what could not be undone; the handle then stays, and it can be tried again."""
         link = env.link
-        if link is not None and not link.closed and link.exit_of(env.handle.main_name) is None:
+        if env.handle.around is not None:
+            within.end(env, self.facts)
+        elif link is not None and not link.closed and link.exit_of(env.handle.main_name) is None:
             quit_keeper(link, Deadline(10))
         mark("ended")
         self._revert(env, list(env.handle.frames[0].steps) if env.handle.frames else [])
         mark("steps-reverted")
         checkpoint()
+        if env.handle.around is not None:
+            within.forget(env, self.facts)
         remove_directory(env.directory)
         mark("directory-removed")
         env.handle = env.handle.with_(state=State.REMOVING)
 
     def _revert(self, env: Environment, steps: list[Step]) -> None:
+        if env.handle.around is not None:
+            within.revert(env, steps, self.facts)
+            return
         d = Deadline(_REVERT_S)
         if env.link is None or env.link.closed:
             # Its mounts went with its keeper's mount namespace.
@@ -94,22 +104,25 @@ class Endings:
 
     def oom(self, env: Environment) -> bool:
         """Whether the kernel killed something in its control group for want of memory. Asked before that is removed."""
+        if env.handle.around is not None:
+            return within.oom(env, self.facts)
         if not any(isinstance(step, Cgroup) for step in env.handle.frames[0].steps):
             return False
         usage = cgroup.read_usage(self.facts.cgroups, f"{self._cgroup_parent}/{env.id}")
         return bool(usage.oom_kills)
 
+    def death(self, env: Environment, exit: Exit | None) -> str:
+        """What is said where the application ended because its machine, or init, did, unless that was asked for."""
+        if env.handle.around is not None:
+            return within.fate(env, exit, self.facts)
+        if exit is None or not exit.with_guest or exit.forced:
+            return ""
+        words = guest_words(env.directory)
+        return f"what it ran in ended under it{f', its last words: {words}' if words else ''}"
+
 
 def _kept(step: Step) -> bool:
     return bool(getattr(step, "keep", False))
-
-
-def guest_death(env: Environment, exit: Exit | None) -> str:
-    """What is said where the application ended because its machine, or init, did, unless that was asked for."""
-    if exit is None or not exit.with_guest or exit.forced:
-        return ""
-    words = guest_words(env.directory)
-    return f"what it ran in ended under it{f', its last words: {words}' if words else ''}"
 
 
 def recorded_exit(env: Environment) -> Exit | None:

@@ -14,6 +14,7 @@ import os
 import queue
 import signal as signals
 import socket
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,9 @@ from isolat.engine.creation import boot_id
 from isolat.engine.endings import Endings
 from isolat.engine.environment import Environment
 from isolat.engine.events import Event
+from isolat.engine.hosting import Hosting
 from isolat.engine.index import Index
+from isolat.engine.inner import InnerMaker
 from isolat.engine.journal import log_defect
 from isolat.engine.keepers import Keepers
 from isolat.engine.kits import Kits
@@ -41,7 +44,16 @@ from isolat.engine.table import Table, row
 from isolat.engine.templates import Template, Templates
 from isolat.engine.volumes import User, Volumes, unread_users, users_of
 from isolat.engine.warm import DEFAULT_MOST
-from isolat.errors import DeadlineExceeded, IllegalState, Lost, NotFound, StartFailed, Unsupported
+from isolat.errors import (
+    Conflict,
+    DeadlineExceeded,
+    IllegalState,
+    IsolatError,
+    Lost,
+    NotFound,
+    StartFailed,
+    Unsupported,
+)
 from isolat.images.building.storage import CACHE, Storage
 from isolat.images.pool import Pool
 from isolat.images.progress import Progress
@@ -116,7 +128,11 @@ class Engine:
             group_id(),
             warm,
         )
-        self._copying = Copying(self.facts, self._keepers, self.table, self._supervisor, self._maker, self.snapshots)
+        hosting = Hosting(self.facts, self.table, self.images, self.kits)
+        self._inner = InnerMaker(self.facts, self.table, self._supervisor, self._maker, hosting)
+        self._copying = Copying(
+            self.facts, self._keepers, self.table, self._supervisor, self._maker, self.snapshots, hosting
+        )
 
     # life of the engine
 
@@ -187,7 +203,8 @@ class Engine:
 
     def plan(self, service: Mapping[str, object], caller: Caller) -> tuple[list[dict[str, object]], str]:
         """What ``run`` would do. Makes no environment; the image is mounted and the pool made, if they were not yet."""
-        return self._maker.describe(service, caller)
+        maker = self._inner if service.get("x-in") else self._maker
+        return maker.describe(service, caller)
 
     def run(
         self,
@@ -201,7 +218,8 @@ class Engine:
         descriptors: Sequence[int] = (),
     ) -> tuple[Environment, socket.socket | None]:
         """Make an environment and start its application. Returns the client's end of the streams when attached."""
-        return self._maker.run(service, caller, attach, Io(stdin=stdin, rows=rows, cols=cols), descriptors)
+        maker = self._inner if service.get("x-in") else self._maker
+        return maker.run(service, caller, attach, Io(stdin=stdin, rows=rows, cols=cols), descriptors)
 
     def make_template(self, service: Mapping[str, object], progress: Progress) -> Template:
         """The template of machines like this; made where there is none."""
@@ -279,6 +297,7 @@ class Engine:
         states.check(Verb.STOP, env.state, env.name)
         if not env.state.alive:
             return env
+        self._stop_inside(env, grace_s)
         grace_s = env.spec.stop_grace_s if grace_s is None else grace_s
         more_s = _HAND_OVER_S if carries(env) else 0.0
         with env.operation("stopping"):
@@ -292,6 +311,25 @@ class Engine:
                 f"{env.name} was killed, but has not come to its end", stage="stop", hint=f"isolat rm -f {env.name}"
             )
         return env
+
+    def _stop_inside(self, outer: Environment, grace_s: float | None) -> None:
+        """Ask those that are in it to end, all at once; what does not get to its end so goes with the outer one."""
+        outer.parting = "was stopped"
+
+        def stop(env: Environment) -> None:
+            env.stop_reason = env.stop_reason or f"{outer.name}, which it was in, was stopped"
+            with contextlib.suppress(IsolatError):
+                self.stop(env.id, grace_s)
+
+        threads = [
+            threading.Thread(target=stop, args=(env,), daemon=True)
+            for env in self.table.inside(outer)
+            if env.state == State.RUNNING
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
 
     def kill(self, ref: str, signal: int) -> None:
         env = self.find(ref)
@@ -345,8 +383,15 @@ class Engine:
 
     def remove(self, ref: str, force: bool) -> None:
         env = self.find(ref)
+        inner = [other.name for other in self.table.inside(env) if other.state.alive]
+        if inner and not force:
+            raise Conflict(
+                f"cannot rm {env.name}: others run in it: {', '.join(sorted(inner))}",
+                hint="end them first; `isolat rm --force` ends them with it",
+            )
         states.check(Verb.REMOVE_FORCED if force else Verb.REMOVE, env.state, env.name)
         if force and env.state == State.RUNNING:
+            env.parting = "was removed"
             self._supervisor.kill_whole(env)
         with env.operation("removing", Deadline(OPERATION_WAIT_S) if force else None):
             if env.gone.is_set():

@@ -1,4 +1,7 @@
-"""One environment in the daemon's memory: its handle, the link to its keeper, and the operation that holds it."""
+"""One environment in the daemon's memory: its handle, the link to its keeper, and the operation that holds it.
+
+One that was put into another has no keeper of its own: its link is that one's.
+"""
 
 from __future__ import annotations
 
@@ -24,15 +27,20 @@ _LOOK_AGAIN_S = 0.5
 class Environment:
     """What the engine knows of one environment. ``handle`` is replaced whole, under the operation that changes it."""
 
-    def __init__(self, handle: Handle, directory: Path) -> None:
+    def __init__(self, handle: Handle, directory: Path, outer: Environment | None = None) -> None:
+        """``outer``: the one that it is in; None also where that is gone."""
         self.handle = handle
         self.directory = directory
-        self.link: Link | None = None
+        self.outer = outer
+        self.hosting = threading.Lock()  # held while another one is let in, and while it must hold none
+        self.brought: set[str] = set()  # what has been brought in for those by this daemon: CanHost
+        self._link: Link | None = None
         self.ended = threading.Event()  # settled: EXITED or LOST, and on disk
         self.gone = threading.Event()  # removed, nothing left
         self.forced = False  # a stop had to kill it
         self.stop_reason = ""  # why the engine itself ended it
         self.remark = ""  # what else is to be said when it has ended
+        self.parting = ""  # what is said of its end to those that are in it
         self._condition = threading.Condition()
         self._operation = ""
         if not handle.state.alive:
@@ -49,6 +57,18 @@ class Environment:
     @property
     def state(self) -> State:
         return self.handle.state
+
+    @property
+    def link(self) -> Link | None:
+        """The connection to the keeper that holds it."""
+        if self.handle.around is None:
+            return self._link
+        return self.outer.link if self.outer else None
+
+    @link.setter
+    def link(self, link: Link | None) -> None:
+        assert self.handle.around is None, "its link is another one's"
+        self._link = link
 
     @cached_property
     def spec(self) -> Spec:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from isolat.errors import ProtocolError, StoreError
-from isolat.layers.base import Frame, State
+from isolat.layers.base import GUEST, Frame, State
 from isolat.places.base import Command, Exit
 from isolat.places.steps import step_from_json
 
@@ -25,6 +25,16 @@ GUEST_TAIL = "guest.tail"
 _TAIL_LINES = 10
 _PANIC = "Kernel panic"
 _NO_WORDS = "is not connected to host network"  # QEMU says so of every network card that is plugged in late
+
+
+@dataclass(frozen=True)
+class Around:
+    """The environment that this one was put into, as it was then."""
+
+    id: str
+    name: str
+    layers: tuple[str, ...]
+    to: str  # the path of keys, at its keeper, to the place that this one is in
 
 
 @dataclass(frozen=True)
@@ -46,11 +56,34 @@ class Handle:
     remove: bool = False
     caller_uid: int = 0
     labels: tuple[tuple[str, str], ...] = field(default=())
+    around: Around | None = None
 
     @property
     def main_name(self) -> str:
         """The full name of the application's process at the keeper."""
-        return "/".join(["guest"] * (len(self.frames) - 1) + [self.frames[-1].main_key])
+        return "/".join((*self._to, *(frame.guest_key for frame in self.frames[:-1]), self.frames[-1].main_key))
+
+    @property
+    def guest_name(self) -> str:
+        """The full name of the process that its inside is; empty where that is no process's."""
+        if not all(frame.has_guest for frame in self.frames):
+            return ""
+        return "/".join((*self._to, *(frame.guest_key for frame in self.frames)))
+
+    @property
+    def first_name(self) -> str:
+        """The full name of the process that its outermost layer has started; all others are below it."""
+        frame = self.frames[0]
+        return "/".join((*self._to, frame.guest_key if frame.has_guest else frame.main_key))
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Everything between its application and the hardware, from the hardware up."""
+        return (*(self.around.layers if self.around else ()), *(frame.layer for frame in self.frames))
+
+    @property
+    def _to(self) -> tuple[str, ...]:
+        return (self.around.to,) if self.around else ()
 
     def with_(self, **changes: Any) -> Handle:
         return replace(self, **changes)
@@ -73,7 +106,12 @@ def handle_from_json(data: dict[str, Any]) -> Handle:
     values["state"] = State(data["state"])
     values["exit"] = Exit(**data["exit"]) if data.get("exit") else None
     values["labels"] = tuple((a, b) for a, b in data.get("labels", ()))
+    values["around"] = _around(data.get("around"))
     return Handle(**values)
+
+
+def _around(data: dict[str, Any] | None) -> Around | None:
+    return Around(**{**data, "layers": tuple(data["layers"])}) if data else None
 
 
 def _frame(data: dict[str, Any]) -> Frame:
@@ -85,6 +123,7 @@ def _frame(data: dict[str, Any]) -> Frame:
         main=_command(data.get("main")),
         guest=_command(data.get("guest")),
         options=tuple((a, b) for a, b in data.get("options", ())),
+        guest_key=data.get("guest_key", GUEST),
         stop_signal=int(data.get("stop_signal", signal.SIGTERM)),
     )
 

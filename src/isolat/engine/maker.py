@@ -91,7 +91,7 @@ class Maker:
         group: int | None,
         warm: int,
     ) -> None:
-        self._paths = paths
+        self.paths = self._paths = paths
         self._facts = facts
         self._images = images
         self._pool = pool
@@ -100,8 +100,8 @@ class Maker:
         self._endings = endings
         self._supervisor = supervisor
         self._group = group
-        self._libexec = native_dir()
-        self._boot_id = boot_id()
+        self.libexec = self._libexec = native_dir()
+        self.boot_id = self._boot_id = boot_id()
         self._kits = kits
         self._templates = templates
         self._volumes = volumes
@@ -203,7 +203,7 @@ class Maker:
             env = Environment(handle, self._paths.env(id))
             env.spec = spec
             if ready is None:
-                self._make_directory(env)
+                self.make_directory(env)
             else:
                 env.link = ready.link
             checkpoint()
@@ -237,7 +237,7 @@ class Maker:
         layer = stack[0]
         if kit is None or len(stack) > 1 or not isinstance(layer, CanWarm):
             return None
-        image = self._image("", spec.image)
+        image = self.image("", spec.image)
         request = Request(new_id(), "", spec, {}, image, 0, "", machine=kit)
         key = layer.warm_key(outer_job(request, self.nowhere(), self._paths, ("",)))
         found = self.warm.take(key, lambda: self._make_in_advance(layer, spec, image, kit))
@@ -268,7 +268,7 @@ class Maker:
         planned = Planned(layer, plan, frame_of(layer, plan, last=True))
         env = Environment(handle_of(request, [planned], self._boot_id), self._paths.env(id))
         try:
-            self._make_directory(env)
+            self.make_directory(env)
             env.save()
             env.link = self._keepers.start(env.directory, env.name, d)
             place = WiredPlace(env.live_link, self._facts)
@@ -311,7 +311,8 @@ class Maker:
             normal_priority(env.link.pid)
         self._supervisor.watch(env)
 
-    def _make_directory(self, env: Environment) -> None:
+    def make_directory(self, env: Environment) -> None:
+        """Its directory, where its handle will be."""
         env.directory.mkdir(mode=0o711)
         if self._group is not None:
             # Logs and exit records are the group's to read, through a descriptor: it is equivalent to root.
@@ -329,11 +330,12 @@ class Maker:
         kit: MachineKit | None,
     ) -> Request:
         stack = registry.resolve(spec.layers)
-        image = self._image(id, spec.image, kit is not None) if stack[0].capabilities.images else None
+        image = self.image(id, spec.image, kit is not None) if stack[0].capabilities.images else None
         upper = str(self._paths.pool / id) if image and kit is None and self._pool.ensure() else ""
         return Request(id, name, spec, service, image, index, upper, caller.uid, caller.gid, kit)
 
-    def _image(self, id: str, name: str, machine: bool = False) -> ImageRef:
+    def image(self, id: str, name: str, machine: bool = False) -> ImageRef:
+        """The image of this name, which the environment that is being made as ``id`` stands on from now on."""
         image = self._images.resolve(name)
         architecture.check(name, image.config.architecture, emulated=not machine)
         if id:

@@ -12,13 +12,13 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from isolat.deadline import Deadline
 from isolat.engine.endings import Endings, recorded_exit, remove_directory
 from isolat.engine.environment import Environment
-from isolat.engine.handle import HANDLE, read_handle
+from isolat.engine.handle import HANDLE, Handle, read_handle
 from isolat.engine.journal import log
 from isolat.engine.keepers import Keepers, quit_keeper
 from isolat.engine.paths import StateRoot
@@ -39,7 +39,15 @@ class Recovery:
         self.unread: dict[str, int] = {}  # ids whose handle could not be read, with their uid range: nothing is swept
 
     def find(self) -> Iterator[Environment]:
-        """Every environment that is there, with the state it really is in."""
+        """Every environment that is there, with the state it really is in; after that the ones that are in it."""
+        found: dict[str, Environment] = {}
+        for handle, directory in _outer_first(self._read()):
+            env = Environment(handle, directory, found.get(handle.around.id) if handle.around else None)
+            if self.recover(env):
+                found[env.id] = env
+                yield env
+
+    def _read(self) -> Iterator[tuple[Handle, Path]]:
         for directory in sorted(self._paths.envs.iterdir()):
             try:
                 handle = read_handle(directory)
@@ -49,15 +57,15 @@ class Recovery:
                 continue
             if handle is None:
                 self._sweep_directory(directory)
-                continue
-            env = Environment(handle, directory)
-            if self.recover(env):
-                yield env
+            else:
+                yield handle, directory
 
     def recover(self, env: Environment) -> bool:
         """Bring the environment up to what is true. False: it was half-made or half-removed, and is gone now."""
         try:
             rebooted = env.handle.boot_id != self._boot_id
+            if env.handle.around is not None:
+                return self._recover_inner(env, rebooted)
             link = None if rebooted else self._keepers.find(env.directory, env.name, Deadline(_FIND_S))
             env.link = link
             if env.state == State.REMOVING:
@@ -71,6 +79,15 @@ class Recovery:
         except (IsolatError, OSError) as error:
             log(f"{env.name}: recovering it failed, `rm` tries again: {error}")
         return True
+
+    def _recover_inner(self, env: Environment, rebooted: bool) -> bool:
+        """One that is in another: its keeper is that one's, which has been found before."""
+        if env.outer is not None and env.outer.state.alive and env.outer.link is None:
+            return True  # a keeper that does not answer yet: it is asked again, and then for this one, too
+        if env.state == State.REMOVING:
+            self._endings.destroy(env)
+            return False
+        return not env.state.alive or self._recover_alive(env, rebooted)
 
     def _recover_alive(self, env: Environment, rebooted: bool) -> bool:
         exit = recorded_exit(env)
@@ -92,8 +109,8 @@ class Recovery:
         if env.state == State.CREATING:
             self._endings.destroy(env)
             return False
-        reason = "the host was restarted" if rebooted else "its keeper was killed, so it is not known how it ended"
-        self._endings.settle(env, None, reason)
+        reason = "" if env.handle.around else "its keeper was killed, so it is not known how it ended"
+        self._endings.settle(env, None, "the host was restarted" if rebooted else reason)
         env.ended.set()
         return True
 
@@ -129,6 +146,17 @@ class Recovery:
             for path in (parent, parent.parent):
                 with contextlib.suppress(OSError):
                     path.rmdir()
+
+
+def _outer_first(found: Iterable[tuple[Handle, Path]]) -> list[tuple[Handle, Path]]:
+    """In an order in which none comes before the one that it is in."""
+    every = list(found)
+    around = {handle.id: handle.around.id for handle, _ in every if handle.around}
+
+    def depth(id: str) -> int:
+        return 1 + depth(around[id]) if id in around else 0
+
+    return sorted(every, key=lambda one: depth(one[0].id))
 
 
 def _uid_index(directory: Path) -> int:

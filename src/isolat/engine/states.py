@@ -21,6 +21,7 @@ class Verb(StrEnum):
     SCREENSHOT = "screenshot"
     FORK = "fork"
     SNAPSHOT = "snapshot"
+    RUN_IN = "run --in"
 
 
 _ALWAYS = frozenset(State)
@@ -40,9 +41,11 @@ LEGAL: dict[Verb, frozenset[State]] = {
     Verb.SCREENSHOT: _RUNNING,
     Verb.FORK: _RUNNING,
     Verb.SNAPSHOT: _RUNNING,
+    Verb.RUN_IN: _RUNNING,
 }
 
 _HINTS: dict[Verb, str] = {
+    Verb.RUN_IN: "it has to run for that: `isolat ps` lists those that do",
     Verb.EXEC: "start a new one with `isolat run`",
     Verb.ATTACH: "see what it wrote with `isolat logs`",
     Verb.REMOVE: "stop it first with `isolat stop`, or use `isolat rm --force`",

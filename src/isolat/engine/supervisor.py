@@ -12,17 +12,16 @@ from dataclasses import replace
 from isolat.deadline import Deadline
 from isolat.engine import entering
 from isolat.engine.carrying import in_all
-from isolat.engine.endings import Endings, guest_death
+from isolat.engine.endings import Endings, recorded_exit
 from isolat.engine.environment import Environment
 from isolat.engine.journal import log
 from isolat.engine.recovery import Recovery
 from isolat.engine.table import Table, row
 from isolat.engine.workers import Timers, Workers
 from isolat.errors import IsolatError
-from isolat.layers.base import GUEST, State
+from isolat.layers.base import State
 from isolat.places.base import Exit, Facts
 from isolat.places.link import Link
-from isolat.places.wired import WiredPlace
 
 OPERATION_WAIT_S = 30.0
 _AGAIN_S = 5.0
@@ -49,32 +48,47 @@ class Supervisor:
     def rejoin(self, env: Environment, recovery: Recovery) -> None:
         """Watch what was found to run. A keeper that lives but does not answer yet is asked again and again."""
         if env.link is not None:
-            self.watch(env)
+            if env.handle.around is None:
+                self.watch(env)
             self.rearm(env)
             self._catch_up(env, env.link)
             return
 
         def again() -> None:
             with env.operation("being found again", Deadline(OPERATION_WAIT_S)):
-                if env.link is None and env.state.alive and recovery.recover(env) and env.state.alive:
+                if env.link is not None or not env.state.alive:
+                    return
+                if not recovery.recover(env):
+                    self._table.leave(env)
+                elif env.state.alive:
                     self.rejoin(env, recovery)
 
         self.timers.after(_AGAIN_S, lambda: self.workers.submit(again))
 
     def watch(self, env: Environment) -> None:
+        """Hear what its keeper tells, of it and of all that is in it."""
         assert env.link is not None
-        link, main = env.link, env.handle.main_name
+        link = env.link
 
         def exited(name: str, exit: Exit) -> None:
-            if name == main:
-                self.workers.submit(lambda: self._ended(env, exit))
-            else:
-                self.workers.submit(lambda: self._forget(env, name))
+            self.workers.submit(lambda: self._told(env, name, exit))
 
         def closed() -> None:
             self.workers.submit(lambda: self._keeper_gone(env, link))
 
         link.on_exited, link.on_closed = exited, closed
+
+    def _told(self, env: Environment, name: str, exit: Exit) -> None:
+        """The process of this name has ended, at the keeper of ``env``."""
+        for inner in self._table.inside(env):
+            first = inner.handle.first_name
+            if name == first or name.startswith(f"{first}/"):
+                self._told(inner, name, exit)
+                return
+        if name == env.handle.main_name:
+            self._ended(env, exit)
+        else:
+            self._forget(env, name)
 
     def _catch_up(self, env: Environment, link: Link) -> None:
         """What happened between finding a keeper and watching it."""
@@ -108,13 +122,28 @@ class Supervisor:
             carried = self._endings.carry_back(env)
             if env.handle.remove and not carried.kept:
                 exit = replace(exit, forced=env.forced, oom=self._endings.oom(env))
-                reason = in_all(env.stop_reason or guest_death(env, exit), env.remark, carried.said)
+                reason = in_all(env.stop_reason or self._endings.death(env, exit), env.remark, carried.said)
                 env.handle = env.handle.with_(exit=exit, reason=reason)
                 self._table.publish("die", env, code=exit.code, signal=exit.signal)
                 self._destroy_or_retry(env)
                 return
             self._endings.settle(env, exit, carried=carried)
+        self.end_inside(env)
         self._tell_end(env)
+
+    def end_inside(self, outer: Environment) -> None:
+        """It has ended, and what was in it did so with it. One that is just being started undoes itself."""
+        for env in self._table.inside(outer):
+            if env.state != State.RUNNING:
+                continue
+            try:
+                exit = recorded_exit(env)
+                if exit is not None:
+                    self._ended(env, exit)
+                else:
+                    self._lost(env)
+            except (IsolatError, OSError) as error:
+                log(f"{env.name}: it ended with {outer.name}, and could not be settled: {error}")
 
     def _keeper_gone(self, env: Environment, link: Link) -> None:
         """Its keeper died. With an exit record the application had ended; else nobody knows, and that is said."""
@@ -124,6 +153,19 @@ class Supervisor:
             exit = link.exit_of(env.handle.main_name)
             reason = "" if exit else "its keeper was killed, so it is not known how the application ended"
             self._endings.settle(env, exit, reason)
+        self.end_inside(env)
+        self._finish_end(env)
+
+    def _lost(self, env: Environment) -> None:
+        """Nobody has recorded how it ended."""
+        with env.operation("settling", Deadline(OPERATION_WAIT_S)):
+            if env.state != State.RUNNING:
+                return
+            self._endings.settle(env, None)
+        self.end_inside(env)
+        self._finish_end(env)
+
+    def _finish_end(self, env: Environment) -> None:
         self._tell_end(env)
         if env.handle.remove:
             self.remove(env)
@@ -140,7 +182,10 @@ class Supervisor:
         env.ended.set()
 
     def destroy(self, env: Environment) -> None:
-        self._endings.destroy(env)
+        try:
+            self._endings.destroy(env)
+        finally:
+            self.end_inside(env)
         self._table.leave(env)
         self._table.publish("destroy", env)
 
@@ -186,8 +231,8 @@ class Supervisor:
     def kill_whole(self, env: Environment) -> None:
         """SIGKILL to all of it, whoever holds the environment: whoever waits for its end then goes on."""
         frame = env.handle.frames[0]
-        key = GUEST if frame.has_guest else frame.main_key
+        key = frame.guest_key if frame.has_guest else frame.main_key
         env.forced = True
         with contextlib.suppress(IsolatError):
-            place = WiredPlace(env.live_link, self._facts)
+            place = entering.outermost(env, self._facts)
             place.signal(key, signals.SIGKILL, Deadline(5), everything=not frame.has_guest)

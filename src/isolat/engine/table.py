@@ -38,6 +38,10 @@ class Table:
         with self._lock:
             return sorted(self._by_id.values(), key=lambda env: env.handle.created_ns)
 
+    def inside(self, outer: Environment) -> list[Environment]:
+        """Those that were put into it, whatever state they are in."""
+        return [env for env in self.all() if env.handle.around is not None and env.handle.around.id == outer.id]
+
     def find(self, ref: str) -> Environment:
         """By id, name, or an unambiguous beginning of the id."""
         with self._lock:
@@ -152,5 +156,4 @@ def row(env: Environment) -> Row:
     """An environment's line in the index."""
     handle = env.handle
     code = handle.exit.code if handle.exit else None
-    layer = "/".join(frame.layer for frame in handle.frames)
-    return (env.id, env.name, str(env.state), handle.image, layer, handle.created_ns, code)
+    return (env.id, env.name, str(env.state), handle.image, "/".join(handle.layers), handle.created_ns, code)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import signal
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -21,6 +22,7 @@ from isolat.spec.model import Spec
 
 GUEST = "guest"
 MAIN = "main"
+TOOLS = "tools"
 
 
 class Boundary(StrEnum):
@@ -53,6 +55,7 @@ class Capabilities:
     machine: bool = False  # it needs what machines are made of (MachineKit)
     boots: bool = False  # it boots the image itself, which must hold an init
     screen: bool = False  # CanShow
+    hosts: bool = False  # CanHost
 
 
 @dataclass(frozen=True)
@@ -219,6 +222,7 @@ class Frame:
     guest: Command | None = None
     options: tuple[tuple[str, Any], ...] = ()
     inside: tuple[Step, ...] = ()  # only until it has started: not written down
+    guest_key: str = GUEST  # another one where several are in one place
     stop_signal: int = int(signal.SIGTERM)  # what its application is asked to end with
 
     def option(self, name: str) -> Any:
@@ -261,7 +265,7 @@ class Layer(ABC):
     def start(self, frame: Frame, place: Place, io: Io, d: Deadline) -> Proc | None:
         """Start the guest, if the plan has one, and the application in it."""
         if frame.guest is not None:
-            place.spawn(GUEST, frame.guest, Io(), d)
+            place.spawn(frame.guest_key, frame.guest, Io(), d)
         if frame.main is None:
             return None
         return place.spawn(frame.main_key, frame.main, replace(io, main=True), d)
@@ -272,7 +276,7 @@ class Layer(ABC):
             place.signal(frame.main_key, frame.stop_signal, d)
         with contextlib.suppress(DeadlineExceeded):
             return place.wait(frame.main_key, d.sooner(grace_s))
-        key = GUEST if frame.has_guest else frame.main_key
+        key = frame.guest_key if frame.has_guest else frame.main_key
         place.signal(key, signal.SIGKILL, d, everything=not frame.has_guest)
         return replace(place.wait(frame.main_key, d), forced=True)
 
@@ -354,6 +358,36 @@ class CanWarm(Protocol):
 
     def take(self, frame: Frame, warm: Frame, place: Place, io: Io, d: Deadline) -> Proc | None:
         """``start`` for a machine that was made in advance, as ``warm``."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What an environment needs of this machine's files to be put into another one. Empty: nothing."""
+
+    tools: str = ""  # an OCI runtime and the init, as an EROFS file
+    digest: str = ""  # of an image other than that one's own
+    image: str = ""  # its EROFS file
+
+
+@runtime_checkable
+class CanHost(Protocol):
+    """What has a kernel of its own and lets other environments in while it runs: it has to bring files in for them."""
+
+    def check_hosting(self, frame: Frame) -> None:
+        """Raises Unsupported, with the reason, where nothing can be put into this one."""
+
+    def image_inside(self, digest: str, own: str) -> str:
+        """Where the image of this digest is mounted inside once it has been brought in. ``own``: its own image's."""
+
+    def bring_in(self, frame: Frame, place: Place, wanted: Wanted, in_use: Collection[str], d: Deadline) -> str:
+        """Have this inside, already there or not. ``in_use``: digests of images that others inside stand on.
+
+        Answers the beginning of the digest of what had to make room, where something had to. Raises Unsupported where
+        there is no room for one more.
+        """
+
+    def leave_bare(self, frame: Frame, place: Place, d: Deadline) -> None:
+        """Undo all of it; nobody inside stands on it."""
 
 
 @runtime_checkable

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from isolat.deadline import Deadline
 from isolat.errors import IsolatError, Unsupported
 from isolat.layers import common
-from isolat.layers.base import GUEST, Boundary, Capabilities, Frame, Job, Layer, Plan, Probe
+from isolat.layers.base import Boundary, Capabilities, Frame, Job, Layer, Plan, Probe
 from isolat.linux import cgroup
 from isolat.oci.config import SHM_BYTES, Bind, Bundle, Memory, config_text, device_rules
 from isolat.oci.runtime import Runtime, choose, installed, try_out, version
@@ -104,7 +104,7 @@ class ContainerLayer(Layer):
             cpus=outer.cpus,
             memory_bytes=outer.memory_bytes,
         )
-        return place.inside(GUEST, facts)
+        return place.inside(frame.guest_key, facts)
 
 
 def _probe(facts: Facts, d: Deadline) -> Probe:

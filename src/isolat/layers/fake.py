@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from isolat.deadline import Deadline
 from isolat.errors import Unsupported
 from isolat.layers import common
-from isolat.layers.base import GUEST, Boundary, Capabilities, Frame, Job, Layer, Plan, Probe
+from isolat.layers.base import Boundary, Capabilities, Frame, Job, Layer, Plan, Probe
 from isolat.places.base import Command, Place
 from isolat.places.steps import MakeDir, PutFile, Run, Step
 
@@ -53,7 +53,7 @@ class FakeLayer(Layer):
         )
 
     def inside(self, frame: Frame, place: Place) -> Place:
-        return place.inside(GUEST, place.facts) if frame.has_guest else place
+        return place.inside(frame.guest_key, place.facts) if frame.has_guest else place
 
 
 def _number(options: Mapping[str, Any], name: str, default: float) -> float:

@@ -20,7 +20,7 @@ import contextlib
 import hashlib
 import json
 import signal
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -36,7 +36,7 @@ from isolat.errors import (
 )
 from isolat.guest import blank
 from isolat.guest.kernel import KERNEL_ARGUMENTS
-from isolat.layers import common, copies, machines, volumes
+from isolat.layers import common, copies, hosting, machines, volumes
 from isolat.layers.base import (
     GUEST,
     Boundary,
@@ -53,6 +53,7 @@ from isolat.layers.base import (
     Probe,
     Source,
     TemplatePlan,
+    Wanted,
 )
 from isolat.places.base import CgroupFacts, CgroupMode, Command, Exit, Facts, Identity, Io, Needs, Place, Proc, Starting
 from isolat.places.rooted import RootedPlace
@@ -106,6 +107,7 @@ class MicrovmLayer(Layer):
         own_uids=True,
         machine=True,
         snapshot=True,
+        hosts=True,
     )
 
     def probe(self, place: Place, d: Deadline) -> Probe:
@@ -225,6 +227,20 @@ class MicrovmLayer(Layer):
     def restore(self, frame: Frame, place: Place, starting: Starting, copy: Copy, io: Io, d: Deadline) -> Proc | None:
         names = tuple(_below_root(step) for step in frame.inside if _is_name(step))
         return copies.restore(frame, place, starting, DISKS, copy, _identity(frame, ()), names, io, d)
+
+    # others inside
+
+    def check_hosting(self, frame: Frame) -> None:
+        hosting.check(frame)
+
+    def image_inside(self, digest: str, own: str) -> str:
+        return IMAGE if digest == own else hosting.image_at(digest, INSIDE)
+
+    def bring_in(self, frame: Frame, place: Place, wanted: Wanted, in_use: Collection[str], d: Deadline) -> str:
+        return hosting.bring_in(frame, place, wanted, in_use, TOOLS, INSIDE, d)
+
+    def leave_bare(self, frame: Frame, place: Place, d: Deadline) -> None:
+        hosting.leave_bare(frame, place, TOOLS, INSIDE, d)
 
     # the end
 

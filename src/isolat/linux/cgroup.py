@@ -253,6 +253,11 @@ def read_usage(facts: CgroupFacts, path: str, read: Callable[[str], str | None] 
     )
 
 
+def v2_oom_kills(at: str, read: Callable[[str], str | None]) -> int:
+    """How often the group at this directory of a v2 hierarchy ran out of memory."""
+    return _keyed(read(f"{at}/memory.events"), "oom_kill") or 0
+
+
 def _v2_usage(where: tuple[str, ...], read: Callable[[str], str | None]) -> Usage:
     if not where:
         return Usage()

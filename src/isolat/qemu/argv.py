@@ -17,7 +17,10 @@ from dataclasses import dataclass, field, replace
 
 TEMPLATE_VERSION = 1  # raise it when a saved template of before can't be used any more
 PLACEHOLDER_BYTES = 1 << 40  # a guest keeps the capacity that it booted with: larger than any disk put there later
-DISKS = (("vda", True), ("vdb", False), ("vdc", True), ("vdd", False))  # device id, read-only
+DISKS = (
+    ("vda", True), ("vdb", False), ("vdc", True), ("vdd", False),  # device id, read-only
+    ("vde", True), ("vdf", True), ("vdg", True), ("vdh", True),  # for what is put in while it runs: layers/hosting.py
+)  # fmt: skip
 AGENT_PORT = "isolat"
 NIC = "nic0"
 NIC_MAC = "52:54:00:00:00:01"  # travels in a saved state whatever is said here; the agent sets the real one

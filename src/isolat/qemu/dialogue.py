@@ -31,7 +31,7 @@ def swap_disk(qmp: Qmp, device_id: str, node: str, fd: int, read_only: bool, d: 
     (hw/core/qdev-properties-system.c). The guest is not told: it keeps the placeholder's capacity, reads past the
     disk's end fail, and blocks it has cached are stale until BLKFLSBUF. Doing it again is fine.
     """
-    before = _drive(qmp, device_id, d)
+    before = drive(qmp, device_id, d)
     if before == node:
         return
     with _descriptor_set(qmp, fd, d) as path:
@@ -42,15 +42,22 @@ def swap_disk(qmp: Qmp, device_id: str, node: str, fd: int, read_only: bool, d: 
     _forget(qmp, device_id, before, d)
 
 
+def forget_node(qmp: Qmp, node: str, d: Deadline) -> None:
+    """Let go of a file that is behind no disk, where there is one: who was killed while swapping leaves it."""
+    with contextlib.suppress(StartFailed):
+        qmp.execute("blockdev-del", {"node-name": node}, d)
+
+
 def unplug_disk(qmp: Qmp, device_id: str, d: Deadline) -> None:
     """Back to the placeholder. Fine where it is there already."""
-    before = _drive(qmp, device_id, d)
+    before = drive(qmp, device_id, d)
     if before != placeholder(device_id):
         _set_drive(qmp, device_id, placeholder(device_id), d)
         _forget(qmp, device_id, before, d)
 
 
-def _drive(qmp: Qmp, device_id: str, d: Deadline) -> str:
+def drive(qmp: Qmp, device_id: str, d: Deadline) -> str:
+    """The node behind this disk."""
     return str(qmp.execute("qom-get", {"path": _path(device_id), "property": "drive"}, d))
 
 

@@ -39,6 +39,7 @@ class Tmpfs:
 class Spec:
     image: str
     layers: tuple[str, ...] = ("container",)  # from the hardware up
+    inside: str = ""  # of which environment that runs, by its name or id; empty: of none
     name: str = ""
     command: tuple[str, ...] = ()
     entrypoint: tuple[str, ...] | None = None  # None: the image's, whose command then counts

@@ -23,6 +23,7 @@ MAX_FILE_BYTES = 1 << 20
 MAX_FILE_NODES = 100_000
 
 _NAME = "[a-zA-Z0-9][a-zA-Z0-9_.-]+"
+_INSIDE = "[a-zA-Z0-9][a-zA-Z0-9_.-]*"  # the beginning of an id, too
 _IMAGE = "[a-zA-Z0-9][a-zA-Z0-9_.:/@+-]*"
 _USER = r"[a-zA-Z0-9_][a-zA-Z0-9_.-]*\$?(:[a-zA-Z0-9_][a-zA-Z0-9_.-]*)?"
 _LABEL = "[a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
@@ -68,6 +69,7 @@ KEYS: tuple[Key, ...] = (
     Key("stop_signal", "stop_signal", values.SIGNAL, "what it is asked to end with"),
     Key("logging", "logging", mounts.LOGGING, "driver: file (also: json-file) or none"),
     Key("storage_opt", "disk_bytes", mounts.STORAGE, "size: what may be written to the root filesystem"),
+    Key("x-in", "inside", values.text(_INSIDE, "an environment's name or id", 128), "the environment it is put into"),
     Key("x-timeout", "timeout_s", values.duration(0.001, MAX_SECONDS), "it is killed when it has run so long"),
     Key("x-remove", "remove", values.FLAG, "it is removed when it has ended"),
     Key(

@@ -35,7 +35,7 @@ def test_ps_is_a_plain_table_in_a_pipe(isolat: Command, daemon: Daemon, capsys: 
     daemon.replies("ps", environments=ROWS)
     assert isolat("ps", "-a") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["ID", "NAME", "IMAGE", "LAYER", "COMMAND", "STATUS", "CREATED"]
+    assert lines[0].split() == ["ID", "NAME", "IMAGE", "LAYER", "IN", "COMMAND", "STATUS", "CREATED"]
     assert lines[1].startswith("a" * 12 + "   web")
     assert "sh -c 'a b'" in lines[1]
     assert "\x1b" not in lines[2]
