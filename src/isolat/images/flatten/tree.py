@@ -176,6 +176,7 @@ class Tree:
         return node
 
     def _touch(self, node: Node | None) -> None:
+        """Mark a directory as this layer's, and all above it: who is marked has only marked ones above."""
         while node is not None and node.layer != self.layer:
             node.layer = self.layer
             node = node.parent
@@ -186,6 +187,7 @@ class Tree:
         self, parent: Node, name: bytes, mode: int, uid: int, gid: int, mtime_s: int, mtime_ns: int, xattrs: bytes
     ) -> Node:
         self.count()
+        self._touch(parent)
         node = Node(stat.S_IFDIR | mode, uid, gid, mtime_s, mtime_ns, xattrs, self.layer)
         node.children = {}
         node.parent = parent
