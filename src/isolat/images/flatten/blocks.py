@@ -45,12 +45,13 @@ class Chunks:
 
 
 class Blocks:
-    """``descriptor`` is an empty file. Raises Bad (too-large) when more than ``most`` bytes would be written."""
+    """``descriptor`` is an empty file. Raises Bad (``excess``) when more than ``most`` bytes would be written."""
 
-    def __init__(self, descriptor: int, most: int) -> None:
+    def __init__(self, descriptor: int, most: int, excess: str = "too-large") -> None:
         self.descriptor = descriptor
         self.next = 1  # the first block is the superblock's
         self.most = min(most >> BITS, BLOCKS_MAX)
+        self._excess = excess
         self._buffer = memoryview(bytearray(_BUFFER))
         self._filled = 0
         self._written = BLOCK  # up to here the file is written, after it comes what is in the buffer
@@ -64,7 +65,7 @@ class Blocks:
         start = self.next
         self.next += blocks
         if self.next > self.most:
-            raise Bad("too-large", f"the image becomes larger than {self.most << BITS} bytes")
+            raise Bad(self._excess, f"the image becomes larger than {self.most << BITS} bytes")
         return start
 
     # Data as it arrives

@@ -22,7 +22,7 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ LAYERS_MAX = 500
 _PIPE_BYTES = 1 << 20
 _F_SETPIPE_SZ = 1031
 _TOLD_MAX = 1 << 20
+_TEXT_MAX = 2000
+_END_S = 10.0
 _START = "import sys; sys.path[:0] = sys.argv[1].split(':'); from isolat.images.flatten.worker import main; main()"
 _SOURCE = str(Path(__file__).resolve().parents[3])
 _RESERVE_BYTES = 64 << 20  # of the disk, for others
@@ -174,23 +176,40 @@ class _Process:
         finally:
             os.close(write)
 
-    def read(self) -> Iterator[dict[str, Any]] | None:
-        """What it tells next; None when it is done telling."""
+    def read(self) -> list[dict[str, Any]] | None:
+        """What it tells next; None when it is done telling. Raises InvalidImage for what none of ours would tell."""
         chunk = os.read(self.told, 65536)
         if not chunk:
             return None
         *lines, self._rest = (self._rest + chunk).split(b"\n")
-        if len(self._rest) > _TOLD_MAX:
-            raise InternalError(f"{WHAT}: a process tells too much")
-        return map(self._take, lines)
+        try:
+            if len(self._rest) > _TOLD_MAX:
+                raise ValueError("a line without end")
+            return [self._take(line) for line in lines]
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise InvalidImage(
+                f"{WHAT} ({self.role}): the process tells nonsense: {type(error).__name__}",
+                stage="crashed",
+                hint=_HINTS["crashed"],
+            ) from error
 
     def _take(self, line: bytes) -> dict[str, Any]:
         told: dict[str, Any] = json.loads(line)
         if "result" in told:
-            self.result = told["result"]
+            self.result = dict(told["result"])
         elif "error" in told:
-            self.error = told
+            words = {key: _printable(str(told[key])) for key in ("error", "what", "entry")}
+            self.error = {**words, "layer": int(told["layer"])}
+        else:
+            told = {"done": int(told["done"])}
         return told
+
+    def wait(self) -> int:
+        """How it ended, once it has told all: 0, a code, or a signal's number below zero."""
+        try:
+            return self._child.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            return -signal.SIGALRM
 
     def end(self) -> None:
         """Kill it, if it is still there, and reap it."""
@@ -199,9 +218,10 @@ class _Process:
         self._child.wait()
         os.close(self.told)
 
-    def wait(self) -> int:
-        """How it ended: 0, a code, or a signal's number below zero."""
-        return self._child.wait()
+
+def _printable(text: str) -> str:
+    """Whatever a process that was taken over tells must not steer a terminal."""
+    return "".join(char if char.isprintable() else "?" for char in text[:_TEXT_MAX])
 
 
 def _packages() -> list[str]:
@@ -230,6 +250,8 @@ class _Flattening:
         self._progress = progress
         self._total = sum(layer.size_bytes for layer in layers)
         self._processes: list[_Process] = []
+        disk = os.fstatvfs(target)
+        self._free = max(0, disk.f_bavail * disk.f_frsize - _RESERVE_BYTES)
 
     def run(self, d: Deadline) -> Flattened:
         read, write = os.pipe2(os.O_CLOEXEC)
@@ -255,7 +277,9 @@ class _Flattening:
     def _start(self, read: int, write: int) -> None:
         shared = {"memory": self._limits.memory_bytes, "cpu": self._limits.cpu_s}
         merge = {
-            **shared, "role": "merge", "pipe": read, "out": self._target, "total": self._room(),
+            **shared, "role": "merge", "pipe": read, "out": self._target,
+            "total": min(self._limits.total_bytes, self._free),
+            "excess": "too-large" if self._limits.total_bytes <= self._free else "no-space",
             "entries": self._limits.entries, "file": self._limits.file_bytes, "xattr": self._limits.xattr_bytes,
             "diff_ids": [layer.diff_id for layer in self._layers],
         }  # fmt: skip
@@ -265,11 +289,6 @@ class _Flattening:
         }  # fmt: skip
         self._processes.append(_Process(merge, (read, self._target, *self._pass_fds)))
         self._processes.append(_Process(inflate, (write, *self._blobs, *self._pass_fds)))
-
-    def _room(self) -> int:
-        """Bytes that may be written: the limit, or what the disk has where that is less."""
-        found = os.fstatvfs(self._target)
-        return max(0, min(self._limits.total_bytes, found.f_bavail * found.f_frsize - _RESERVE_BYTES))
 
     def _follow(self, d: Deadline) -> None:
         self._progress(WHAT, 0, self._total)
@@ -315,6 +334,8 @@ class _Flattening:
             return InternalError(f"{WHAT}: {message}")
         if stage == "no-zstd":
             return Unsupported(message, hint="pip install zstandard, or apt-get install python3-zstandard")
+        if stage == "not-confined":
+            return Unsupported(message, hint="run a kernel with seccomp on an x86_64 or aarch64 machine")
         if stage in ("no-space", "write-failed"):
             return StoreError(message, stage=stage, hint="free some space on the disk of the state root")
         return InvalidImage(message, stage=stage, hint=_HINTS.get(stage, _HINT))

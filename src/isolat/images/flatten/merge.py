@@ -80,7 +80,7 @@ class Merger:
         AUFS's own files (``.wh..wh.plnk``) are none of the image's. Other names like these mean removal, and nothing
         else: kept as files, they would be taken for that when the image is sent on.
         """
-        if name != _OPAQUE and (path.startswith(_META) or b"/" + _META in path):
+        if (b"/" + _META) in b"/" + (head if name == _OPAQUE else path):
             return
         removed = name[len(_WHITEOUT) :]
         if (

@@ -64,7 +64,10 @@ def main() -> None:
 
 def _lock(job: dict[str, Any], file_bytes: int) -> None:
     gc.disable()  # a million nodes without a cycle that matters: looking for one takes longer than all the rest
-    lockdown.lock(int(job["parent"]), memory_bytes=int(job["memory"]), file_bytes=file_bytes, cpu_s=int(job["cpu"]))
+    try:
+        lockdown.lock(int(job["parent"]), memory_bytes=int(job["memory"]), file_bytes=file_bytes, cpu_s=int(job["cpu"]))
+    except OSError as error:
+        raise Bad("not-confined", f"the process that reads the layers could not be confined: {error}") from error
 
 
 def _inflate(job: dict[str, Any], teller: _Teller) -> None:
@@ -117,7 +120,7 @@ class _Layer:
 def _merge(job: dict[str, Any], teller: _Teller) -> None:
     most = int(job["total"])
     _lock(job, most + _FILE_SIZE_TELLS_TOO_LARGE)
-    blocks = Blocks(int(job["out"]), most)
+    blocks = Blocks(int(job["out"]), most, str(job["excess"]))
     merger = Merger(blocks, Bounds(int(job["entries"]), int(job["file"]), int(job["xattr"])))
     diff_ids = []
     for index, expected in enumerate(job["diff_ids"]):
