@@ -212,7 +212,7 @@ def describe(root: Path) -> dict[bytes, Described]:
         for name in (*sorted(names), *sorted(files)):
             path = directory + b"/" + name
             found[path[len(top) + 1 :]] = _describe(path, path[len(top) + 1 :], first)
-        names[:] = sorted(name for name in names if not os.path.islink(directory + b"/" + name))
+        names[:] = sorted(name for name in names if stat.S_ISDIR(os.lstat(directory + b"/" + name).st_mode))
     found[b"."] = _describe(top, b".", first)
     return found
 
@@ -228,7 +228,7 @@ def _describe(path: bytes, name: bytes, first: dict[int, bytes]) -> Described:
         with open(path, "rb") as stream:
             more |= {"size": it.st_size, "content": hashlib.file_digest(stream, "sha256").hexdigest()}
     elif kind == stat.S_IFLNK:
-        more |= {"target": os.readlink(path), "size": it.st_size}
+        more |= {"target": os.readlink(path), "size": it.st_size}  # noqa: PTH115 - bytes
     elif kind in (stat.S_IFCHR, stat.S_IFBLK):
         more["device"] = it.st_rdev
     return Described(
