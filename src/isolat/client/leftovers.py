@@ -23,7 +23,7 @@ _WAIT_S = 15.0
 _STEP_S = 0.05
 _OURS = re.compile(
     r"(lock|start\.lock|daemon\.(sock|log)(\..*)?|index\.sqlite.*|envs|pool.*|"
-    r"runtime|images|mounts|templates|snapshots|volumes|guest|disks|doctor.*)"
+    r"runtime|images|builder|mounts|templates|snapshots|volumes|guest|disks|doctor.*)"
 )
 
 

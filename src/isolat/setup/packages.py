@@ -60,6 +60,7 @@ PACKAGES = (
     Package("musl-tools", "links the C core statically, in a few hundred KiB", Group.DEVELOP, command="musl-gcc"),
     Package("linux-libc-dev", "the kernel's headers for the C core", Group.DEVELOP),
     Package("python3-venv", "the environment that tests and tools live in", Group.DEVELOP),
+    Package("busybox-static", "the root file system that tests build on", Group.DEVELOP, command="busybox"),
     Package("procps", "finds processes in tests", Group.DEVELOP, command="pgrep"),
     Package(
         "runc",

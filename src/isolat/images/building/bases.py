@@ -9,26 +9,25 @@ from pathlib import Path
 
 from isolat.errors import Unsupported
 from isolat.images.image import Image
-from isolat.images.oci import Descriptor, Manifest, Platform, parse_config
+from isolat.images.oci import Config, Descriptor, Manifest, Platform, parse_config
 from isolat.images.store import ImageStore
 
 _REF = "org.opencontainers.image.ref.name"
 TAG = "base"
 
 
-def check(image: Image, name: str, platform: Platform) -> None:
+def check(store: ImageStore, image: Image, name: str, platform: Platform) -> None:
     """Raises Unsupported for an image that nothing can be built on, with the reason."""
     if image.binds:
         raise Unsupported(
             f"nothing can be built on the image {name}: its /usr is this machine's own and no part of the image",
             hint="start from an image that is whole: FROM debian, after `isolat image bootstrap debian`",
         )
-    wanted = platform.architecture
-    found = image.config.architecture
-    if found and found != wanted:
+    found = _config(store, store.manifest(image)).platform
+    if not found.serves(platform):
         raise Unsupported(
-            f"the image {name} is for {found}, and the build is for {wanted}",
-            hint=f"build with --platform linux/{found}, or get the image for {wanted}",
+            f"the image {name} is for {found}, and the build is for {platform}",
+            hint=f"build with --platform {found}, or get the image for {platform}",
         )
 
 
@@ -59,8 +58,12 @@ def known_layers(store: ImageStore) -> dict[str, Descriptor]:
 
 
 def _layers(store: ImageStore, manifest: Manifest) -> dict[str, Descriptor]:
-    config = parse_config(store.blobs.read(manifest.config.digest, manifest.config.size_bytes))
+    config = _config(store, manifest)
     return dict(zip(config.diff_ids, manifest.layers, strict=False))
+
+
+def _config(store: ImageStore, manifest: Manifest) -> Config:
+    return parse_config(store.blobs.read(manifest.config.digest, manifest.config.size_bytes))
 
 
 def empty_layout(directory: Path, diff_ids: Collection[str]) -> None:

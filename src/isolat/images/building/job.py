@@ -138,7 +138,7 @@ class Job:
                 image = self._store.resolve(name)
         if image is None:
             image = self._pulled(name)
-        bases.check(image, name, request.platform)
+        bases.check(self._store, image, name, request.platform)
         return image
 
     def _pulled(self, name: str) -> Image:

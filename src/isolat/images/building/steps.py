@@ -12,6 +12,7 @@ _STEP = re.compile(r"(?:\[\d+/\d+\] )?STEP (\d+)/(\d+): (.*)")
 _ERROR = re.compile(r'(?:Error: )(?:building at STEP "(.*?)(?<!\\)": )?(.*)')
 _EXIT = re.compile(r"exit status (\d+)$")
 _REPEATED = re.compile(r'Error: building at STEP "|time="[^"]*" level=\w+ msg="exit status \d+"$')
+_KILLED = re.compile(r"container exited on (\w[\w ]*)$")
 _STEP_LETTERS = 120
 _DISK = ("no space left on device", "disk quota exceeded")
 _NETWORK_HINT = "if it needs the network: a build has none, unless you build with --network host"
@@ -26,19 +27,23 @@ class Watch:
         self.step = ""
         self.steps = 0
         self.error = ""
+        self.killed = ""
 
     def line(self, text: str) -> None:
         found = _STEP.fullmatch(text)
         if found:
             self.steps += 1
             self.step = f"step {found[1]} ({shorten(found[3])})"
+            self.killed = ""
             self.tail.clear()
         failed = _ERROR.match(text)
         if failed:
             self.error = failed[2].partition(" &imagebuilder.")[0]  # a Go structure follows
         if _REPEATED.match(text):
             return  # told at the end, in our words
-        if not found:
+        killed = _KILLED.fullmatch(text)
+        self.killed = killed[1] if killed else self.killed
+        if not found and not failed:
             self.tail.append(text)
         self._tell(text)
 
@@ -63,6 +68,8 @@ class Watch:
         """The sentence that says what failed."""
         if not self.step:
             return f"could not build: {self.error or 'buildah did not say why'}"
+        if self.killed and self.ran:
+            return f"could not build: {self.step} was ended by a signal: {self.killed}"
         if self.exit_code is not None and self.ran:
             return f"could not build: {self.step} ended with code {self.exit_code}"
         return f"could not build: {self.step}: {self.error or 'buildah did not say why'}"
