@@ -16,6 +16,8 @@ import pytest
 
 from isolat.client.sdk import Client
 from isolat.errors import BuildFailed
+from isolat.images.building.storage import Storage
+from isolat.images.pool import Pool
 from isolat.images.store import ImageStore
 from tests.support import builds, traces
 from tests.support.builds import build, built
@@ -134,6 +136,32 @@ def test_the_cache_can_be_removed(root: Root) -> None:
     assert json.loads(root.ok("builder", "prune", "--json"))["bytes"] > 0
     assert json.loads(root.ok("builder", "prune", "--json"))["bytes"] == 0
     assert not any("Using cache" in line for line in built(root, text).lines)
+
+
+def test_what_builds_keep_is_counted_and_goes_with_the_rest(root: Root) -> None:
+    built(root, f"FROM {builds.SMALL}\nRUN echo to be counted\n")
+    row = next(row for row in root.ask("usage")["usage"] if row["kind"] == "builds")
+    assert row["size_bytes"] == row["reclaimable_bytes"] > 0
+    assert root.ask("prune", {"kinds": ["builds"]})["bytes"] == row["size_bytes"]
+    assert next(row for row in root.ask("usage")["usage"] if row["kind"] == "builds")["size_bytes"] == 0
+
+
+def test_without_a_pool_a_build_works_in_memory_and_keeps_nothing(tmp_path: Path) -> None:
+    class NoPool(Pool):
+        def ensure(self) -> bool:
+            return False
+
+    storage = Storage(tmp_path, NoPool(tmp_path))
+    with storage.workplace("x", 1 << 30, 64 << 20) as place:
+        assert not place.cached
+        assert os.statvfs(place.graph).f_blocks * os.statvfs(place.graph).f_frsize == 48 << 20
+        (place.graph / "layer").write_text("x")
+        assert not storage.keep(place)
+    assert storage.usage_bytes() == 0
+    assert traces.mounts(str(tmp_path)) == []
+    with storage.workplace("y", 1 << 30, 64 << 20) as place:
+        storage.sweep()  # as the next daemon does after this one was killed
+        assert not place.graph.exists()
 
 
 def test_a_damaged_cache_is_told_and_does_not_keep_anything_from_being_built(root: Root) -> None:

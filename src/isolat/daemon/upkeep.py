@@ -6,7 +6,7 @@ from isolat.daemon.call import Answer, Call
 from isolat.engine import upkeep
 from isolat.errors import UsageError
 
-_PRUNED = ("environments", "images", "templates")  # unless something else is said: nothing of anybody's own
+_PRUNED = ("environments", "images", "templates", "builds")  # unless something else is said: nothing of anybody's own
 _PRUNABLE = (*_PRUNED, "volumes")
 
 
@@ -33,6 +33,8 @@ def prune(call: Call) -> Answer:
         upkeep.prune_images(call.engine, call.args.flag("all"), told)
     if "templates" in kinds:
         upkeep.prune_templates(call.engine, told)
+    if "builds" in kinds:
+        upkeep.prune_builds(call.engine, told)
     if "volumes" in kinds:
         upkeep.prune_volumes(call.engine, told)
     return {"bytes": freed}

@@ -37,7 +37,14 @@ class Usage:
 
 def usage(engine: Engine) -> list[Usage]:
     """A row for each kind. Files are counted by their blocks, subvolumes by what the kernel counts for them."""
-    return [_images(engine), _environments(engine), _volumes(engine), _snapshots(engine), _templates(engine)]
+    return [
+        _images(engine),
+        _environments(engine),
+        _volumes(engine),
+        _snapshots(engine),
+        _templates(engine),
+        _builds(engine),
+    ]
 
 
 def _images(engine: Engine) -> Usage:
@@ -70,6 +77,11 @@ def _snapshots(engine: Engine) -> Usage:
 def _templates(engine: Engine) -> Usage:
     size = _blocks(engine.paths.root / "templates")
     return Usage("templates", len(engine.templates.all()), 0, size, size)
+
+
+def _builds(engine: Engine) -> Usage:
+    size = engine.builder.storage.usage_bytes()
+    return Usage("builds", int(size > 0), engine.builder.alive_count, size, size)
 
 
 def environment_bytes(engine: Engine, env: Environment) -> int:
@@ -133,6 +145,13 @@ def prune_templates(engine: Engine, told: Told) -> None:
     after = _blocks(engine.paths.root / "templates")
     if before > after:
         told("templates' files", "", before - after)
+
+
+def prune_builds(engine: Engine, told: Told) -> None:
+    """Remove what builds keep to be quick."""
+    freed = engine.builder.storage.prune()
+    if freed:
+        told("cache of builds", "", freed)
 
 
 def prune_volumes(engine: Engine, told: Told) -> None:

@@ -271,9 +271,7 @@ class Job:
         if self._group.out_of_memory():
             return f"it met its memory limit of {self._request.memory_bytes >> 20} MiB: --memory gives it more"
         if watch is not None and watch.full:
-            return (
-                f"it may write {self._place.bounded_by}: --disk gives it more, `isolat builder prune` empties the cache"
-            )
+            return f"it may write {self._place.bounded_by}: --disk and --memory give it more"
         if self._group.out_of_processes():
             return "it met its limit of processes"
         return steps.network_hint(watch, host_network=self._request.host_network) if watch is not None else ""

@@ -43,7 +43,7 @@ class Watch:
             return  # told at the end, in our words
         killed = _KILLED.fullmatch(text)
         self.killed = killed[1] if killed else self.killed
-        if not found and not failed:
+        if not (found or failed or text.startswith(("COMMIT", "--> "))):
             self.tail.append(text)
         self._tell(text)
 

@@ -87,17 +87,20 @@ class Storage:
 
     @contextlib.contextmanager
     def _in_memory(self, id: str, memory_bytes: int) -> Iterator[Workplace]:
+        """What is written counts as the build's memory, of which the programs must have their part."""
+        size = memory_bytes * 3 // 4
         place = self.dir / f"build-{id}"
         place.mkdir(mode=0o700, exist_ok=True)
-        mounts.mount("tmpfs", str(place), "tmpfs", mounts.MS_NODEV, f"mode=700,size={memory_bytes}")
+        mounts.mount("tmpfs", str(place), "tmpfs", mounts.MS_NODEV, f"mode=700,size={size}")
         try:
             for name in ("graph", "work"):
                 (place / name).mkdir(mode=0o700)
-            bound = f"{memory_bytes >> 20} MiB of memory, because there is no pool"
+            bound = f"{size >> 20} MiB of its memory, because there is no pool"
             yield Workplace(id, place / "graph", place / "work", False, bound)
         finally:
             mounts.umount(str(place), mounts.MNT_DETACH)
-            place.rmdir()
+            with contextlib.suppress(FileNotFoundError):
+                place.rmdir()
 
     def keep(self, place: Workplace) -> bool:
         """Let what this build leaves be the cache. False where there is none, or it has grown too large."""
