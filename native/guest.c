@@ -134,7 +134,7 @@ void guest_ended(Proc *g)
             failure_set(&f, "guest", ESRCH, 0, "the guest ended");
             proc_failed(p, &f);
         } else if (p->state == ALIVE) {
-            p->with_guest = true;
+            p->with_guest = !p->after_pid; /* else it had ended before: what follows on that has ended its guest */
             proc_exited(p, 128 + SIGKILL, SIGKILL);
         }
     }
