@@ -45,6 +45,7 @@ _FORCE = "-f --force"
 
 
 _PRUNE_ALL = Option("-a --all", FLAG, "also images that have a name")
+_TLS_VERIFY = Option("--tls-verify", VALUE, "false: plain HTTP, any certificate (as with localhost)", "true|false")
 _YES = Option("-y --yes -f --force", FLAG, "do not ask", dest="yes")
 
 VERBS: dict[str, Verb] = {
@@ -125,6 +126,19 @@ VERBS: dict[str, Verb] = {
             "setup", "", "install what is missing", "system:setup",
             (Option("-y --yes", FLAG, "do not ask"),),
         ),
+        Verb(
+            "pull", "IMAGE", "fetch an image from a registry", "transfer:pull",
+            (Option("--platform", VALUE, "of an image for several (default: this machine's)", "OS/ARCH[/VARIANT]"),
+             _TLS_VERIFY, Option("-q --quiet", FLAG, "only the id"), JSON), (1, 1),
+        ),
+        Verb("push", "IMAGE [TARGET]", "send an image to a registry", "transfer:push",
+             (_TLS_VERIFY, Option("-q --quiet", FLAG, "no progress"), JSON), (1, 2)),
+        Verb(
+            "login", "REGISTRY", "keep credentials for a registry", "transfer:login",
+            (Option("-u --username", VALUE, "who", "NAME"), Option("-p --password", VALUE, "better asked for", "WORD"),
+             Option("--password-stdin", FLAG, "read the password from standard input"), _TLS_VERIFY), (1, 1),
+        ),
+        Verb("logout", "REGISTRY", "forget them", "transfer:logout", (), (1, 1)),
         Verb("image prune", "", "remove images that nothing stands on", "upkeep:prune_images",
              (_PRUNE_ALL, _YES, JSON)),
         Verb("system df", "", "what is stored, and what of it can go", "upkeep:df", (JSON,)),

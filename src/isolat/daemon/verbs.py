@@ -13,7 +13,7 @@ from isolat import __version__
 from isolat.daemon import build as b
 from isolat.daemon import snapshots as s
 from isolat.daemon import templates as t
-from isolat.daemon import upkeep
+from isolat.daemon import transfer, upkeep
 from isolat.daemon import volumes as v
 from isolat.daemon.arguments import Arguments
 from isolat.daemon.call import Answer, Call
@@ -349,6 +349,8 @@ VERBS: dict[str, Callable[[Call], Answer]] = {
     "volume_inspect": v.volume_inspect,
     "volume_rm": v.volume_rm,
     "volume_prune": v.volume_prune,
+    "pull": transfer.pull,
+    "push": transfer.push,
     "usage": upkeep.usage,
     "prune": upkeep.prune,
     "check": upkeep.check,

@@ -57,6 +57,7 @@ from isolat.errors import (
 from isolat.images.building.storage import CACHE, Storage
 from isolat.images.pool import Pool
 from isolat.images.progress import Progress
+from isolat.images.reference import parse_reference
 from isolat.images.store import ImageStore
 from isolat.layers import registry
 from isolat.layers.base import CanShow, Copied, Layer, Probe, State
@@ -67,6 +68,9 @@ from isolat.places.wired import WiredPlace
 
 if TYPE_CHECKING:
     from isolat.images.building.builder import Builder
+    from isolat.images.image import Image
+    from isolat.images.oci import Platform
+    from isolat.images.transfer.pulling import Puller
 
 _STOP_MORE_S = 10.0
 _HAND_OVER_S = 120.0  # a machine may take so long to hand over its volumes: native/after.c
@@ -184,7 +188,23 @@ class Engine:
         from isolat.images.building.builder import Builder, Uids
 
         uids = Uids(self.table.take_uids, self.table.give_back_uids, admission.uid_base)
-        return Builder(self.paths.root, self.images, self.pool, self.facts, self.paths.cgroup, uids)
+        builder = Builder(self.paths.root, self.images, self.pool, self.facts, self.paths.cgroup, uids)
+        builder.pull = self._pull_base
+        return builder
+
+    @functools.cached_property
+    def puller(self) -> Puller:
+        """What brings images from registries."""
+        from isolat.images.transfer.pulling import Puller
+
+        return Puller(self.images)
+
+    def _pull_base(self, name: str, platform: Platform, progress: Progress) -> Image:
+        """Of a build, without credentials: they are its caller's, and were not sent."""
+        from isolat.images.transfer import flights, pulling, skopeo
+
+        wanted = pulling.wanted(parse_reference(name), platform, skopeo.Access())
+        return self.puller.pull(wanted, flights.Passenger(progress))
 
     def _end_builds(self) -> None:
         if "builder" in vars(self):

@@ -35,6 +35,8 @@ _PATH_BENEATH = 1
 _READ = 1 << 0 | 1 << 2 | 1 << 3  # execute, read a file, read a directory
 _WRITE = 1 << 1 | 1 << 4 | 1 << 5 | 1 << 7 | 1 << 8  # write, remove (dir, file), make (dir, file)
 _EVERY = (1 << 13) - 1  # all rights of Landlock's first version
+_REFER = 1 << 13  # rename and link from one directory to another; before Landlock's second version never allowed
+_GET_VERSION = 1
 _SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/libx32", "/bin", "/etc/ld.so.cache", "/proc/sys/kernel")
 _DEVICES = ("/dev/null", "/dev/urandom")
 _NOBODY = "65534"
@@ -60,11 +62,13 @@ def no_new_privileges() -> None:
 
 def landlock(read: list[str], write: list[str], system: tuple[str, ...] = _SYSTEM) -> bool:
     """Confine this process for good. False where the kernel has no Landlock."""
-    attributes = struct.pack("<Q", _EVERY)
+    second = _libc.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), _GET_VERSION) >= 2
+    refer = _REFER if second else 0
+    attributes = struct.pack("<Q", _EVERY | refer)
     ruleset = _libc.syscall(_CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), 0)
     if ruleset < 0:
         return False
-    for paths, rights in ((read, _READ), (write, _READ | _WRITE), (list(system), _READ)):
+    for paths, rights in ((read, _READ), (write, _READ | _WRITE | refer), (list(system), _READ)):
         for path in paths:
             _allow(ruleset, path, rights)
     for path in _DEVICES if system else ():

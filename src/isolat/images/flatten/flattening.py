@@ -32,6 +32,7 @@ from isolat.errors import DeadlineExceeded, InternalError, InvalidImage, StoreEr
 from isolat.linux import child
 
 WHAT = "flattening the layers"
+TOLD = f"{WHAT}, bytes"
 LAYERS_MAX = 500
 _PIPE_BYTES = 1 << 20
 _F_SETPIPE_SZ = 1031
@@ -291,7 +292,7 @@ class _Flattening:
         self._processes.append(_Process(inflate, (write, *self._blobs, *self._pass_fds)))
 
     def _follow(self, d: Deadline) -> None:
-        self._progress(WHAT, 0, self._total)
+        self._progress(TOLD, 0, self._total)
         with selectors.DefaultSelector() as selector:
             for process in self._processes:
                 selector.register(process.told, selectors.EVENT_READ, process)
@@ -306,7 +307,7 @@ class _Flattening:
                         continue
                     for line in told:
                         if "done" in line:
-                            self._progress(WHAT, int(line["done"]), self._total)
+                            self._progress(TOLD, int(line["done"]), self._total)
 
     def _end(self) -> None:
         for process in self._processes:
@@ -323,7 +324,7 @@ class _Flattening:
         found = merge.result
         if found is None or inflate.result is None:
             raise InternalError(f"{WHAT}: a process ended without a word")
-        self._progress(WHAT, self._total, self._total)
+        self._progress(TOLD, self._total, self._total)
         return Flattened(int(found["size"]), int(found["entries"]), tuple(found["diff_ids"]), int(found["content"]))
 
     def _error(self, told: dict[str, Any]) -> StoreError | InternalError | Unsupported:

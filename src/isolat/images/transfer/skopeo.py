@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from isolat.errors import DeadlineExceeded, InvalidImage, IsolatError, NotFound, Refused, StoreError, Unsupported
+from isolat.errors import InvalidImage, IsolatError, NotFound, Refused, StoreError, Unsupported
 from isolat.images.oci import DOCUMENT_BYTES_MAX, Platform
 from isolat.images.transfer.watch import Watch
 from isolat.linux import child, confine
@@ -33,6 +33,7 @@ _OWN_FILES_BYTES = 1 << 20  # what it says, and nothing else
 _SAID_BYTES = 8192
 _TICK_S = 0.1
 _READ = (
+    "/etc/containers/registries.d",
     *("/etc/ssl", "/etc/pki", "/etc/ca-certificates", "/etc/containers/certs.d", "/etc/docker/certs.d"),
     *("/etc/containers/registries.conf", "/etc/containers/registries.conf.d"),
     *("/etc/resolv.conf", "/etc/hosts", "/etc/host.conf", "/etc/gai.conf", "/etc/nsswitch.conf"),
@@ -227,6 +228,3 @@ def told(message: str, what: str) -> IsolatError:
         if pattern.search(message):
             return kind(f"{what}: {message}", stage=stage, hint=hint)
     return StoreError(f"{what}: {message}", stage="registry")
-
-
-__all__ = ["Access", "DeadlineExceeded", "Running", "argv", "auth_file", "check_there", "fd_path", "is_local", "told"]
