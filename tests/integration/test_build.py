@@ -19,7 +19,7 @@ from isolat.errors import BuildFailed
 from isolat.images.building.storage import Storage
 from isolat.images.pool import Pool
 from isolat.images.store import ImageStore
-from tests.support import builds, traces
+from tests.support import builds, registry, traces
 from tests.support.builds import build, built
 from tests.support.roots import Root
 
@@ -297,6 +297,20 @@ def test_a_base_that_is_not_here_is_told_before_anything_is_made(root: Root) -> 
     assert found.code == 125
     assert "stands on no/such/image:1, and there is no such image here" in found.text
     assert not any("STEP" in line for line in found.lines)
+
+
+def test_a_base_that_is_not_here_is_pulled(root: Root, tmp_path: Path) -> None:
+    with registry.running(tmp_path / "registry") as address:
+        name = f"{address}/bases/small:1"
+        text = f"FROM {name}\nRUN echo on what was pulled\n"
+        root.ok("push", builds.SMALL, name)
+        refused = build(root, text, "--pull", "never")
+        assert "no such image here" in refused.text
+        assert "on what was pulled" in built(root, text).lines
+    root.ok("rmi", name)
+    gone = build(root, text)
+    assert gone.code == 125
+    assert "STEP" not in gone.text
 
 
 def test_the_image_host_is_no_base(root: Root) -> None:

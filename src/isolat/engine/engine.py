@@ -199,12 +199,12 @@ class Engine:
 
         return Puller(self.images)
 
-    def _pull_base(self, name: str, platform: Platform, progress: Progress) -> Image:
+    def _pull_base(self, name: str, platform: Platform, progress: Progress, gone: Callable[[], bool]) -> Image:
         """Of a build, without credentials: they are its caller's, and were not sent."""
         from isolat.images.transfer import flights, pulling, skopeo
 
         wanted = pulling.wanted(parse_reference(name), platform, skopeo.Access())
-        return self.puller.pull(wanted, flights.Passenger(progress))
+        return self.puller.pull(wanted, flights.Passenger(progress, gone))
 
     def _end_builds(self) -> None:
         if "builder" in vars(self):

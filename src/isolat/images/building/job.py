@@ -27,7 +27,7 @@ _NAMES = ("Containerfile", "Dockerfile")
 _LISTING = "{{.ID}} {{.Name}}:{{.Tag}}"
 _UID_COUNT = 65536
 
-Pull = Callable[[str, Platform, Progress], Image]
+Pull = Callable[[str, Platform, Progress, Callable[[], bool]], Image]
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,8 @@ class Job:
                 hint="`isolat images` lists what is; `isolat image bootstrap debian` makes debian"
                 + ("" if self._pull is None else f", and `isolat pull {name}` brings this one"),
             )
-        return self._pull(name, self._request.platform, self._telling.progress)
+        telling = self._telling
+        return self._pull(name, self._request.platform, telling.progress, telling.gone)
 
     def _make_directories(self) -> None:
         for name in interior.WORK_DIRECTORIES:
