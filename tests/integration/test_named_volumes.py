@@ -279,6 +279,7 @@ def test_another_callers_machine_writes_it_with_its_own_numbers_and_the_director
 def test_a_machine_that_was_to_come_back_still_does_under_the_next_daemon(root: Root) -> None:
     root.ask("volume_create", {"name": "data", "size": "32m"})
     id = root.run_detached(machine("sh", "-c", "echo back > /data/x; exec sleep 600", volumes=["data:/data"]))
+    assert root.exec(id, ["sh", "-c", "until test -s /data/x; do sleep 0.1; done"]).ended() == 0
     root.kill_daemon()
     root.start_daemon()
     done = root.cli("run", "--rm", "-v", "data:/data", "debian", "true")
