@@ -65,7 +65,7 @@ def logout(parsed: o.Parsed) -> int:
 
 
 def _verify(parsed: o.Parsed) -> list[str]:
-    from isolat.images.transfer.skopeo import Access
+    from isolat.images.registries.skopeo import Access
 
     verify = {"true": True, "false": False}.get(parsed.text("tls_verify"))
     return [] if Access(verify).verifies(parsed.words[0]) else ["--tls-verify=false"]

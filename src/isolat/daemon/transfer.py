@@ -6,9 +6,9 @@ from isolat.daemon.call import Answer, Call
 from isolat.errors import UsageError
 from isolat.images.oci import Platform, parse_platform
 from isolat.images.reference import parse_reference
-from isolat.images.transfer import pulling, pushing
-from isolat.images.transfer.flights import Passenger
-from isolat.images.transfer.skopeo import Access
+from isolat.images.registries import pulling, pushing
+from isolat.images.registries.flights import Passenger
+from isolat.images.registries.skopeo import Access
 
 
 def pull(call: Call) -> Answer:

@@ -70,7 +70,7 @@ if TYPE_CHECKING:
     from isolat.images.building.builder import Builder
     from isolat.images.image import Image
     from isolat.images.oci import Platform
-    from isolat.images.transfer.pulling import Puller
+    from isolat.images.registries.pulling import Puller
 
 _STOP_MORE_S = 10.0
 _HAND_OVER_S = 120.0  # a machine may take so long to hand over its volumes: native/after.c
@@ -195,13 +195,13 @@ class Engine:
     @functools.cached_property
     def puller(self) -> Puller:
         """What brings images from registries."""
-        from isolat.images.transfer.pulling import Puller
+        from isolat.images.registries.pulling import Puller
 
         return Puller(self.images)
 
     def _pull_base(self, name: str, platform: Platform, progress: Progress, gone: Callable[[], bool]) -> Image:
         """Of a build, without credentials: they are its caller's, and were not sent."""
-        from isolat.images.transfer import flights, pulling, skopeo
+        from isolat.images.registries import flights, pulling, skopeo
 
         wanted = pulling.wanted(parse_reference(name), platform, skopeo.Access())
         return self.puller.pull(wanted, flights.Passenger(progress, gone))
