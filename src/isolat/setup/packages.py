@@ -61,6 +61,7 @@ PACKAGES = (
     Package("linux-libc-dev", "the kernel's headers for the C core", Group.DEVELOP),
     Package("python3-venv", "the environment that tests and tools live in", Group.DEVELOP),
     Package("busybox-static", "the root file system that tests build on", Group.DEVELOP, command="busybox"),
+    Package("umoci", "unpacks images, for comparison with what is made of them here", Group.DEVELOP, command="umoci"),
     Package("procps", "finds processes in tests", Group.DEVELOP, command="pgrep"),
     Package(
         "runc",
