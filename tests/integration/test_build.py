@@ -175,10 +175,19 @@ def test_a_damaged_cache_is_told_and_does_not_keep_anything_from_being_built(roo
 def test_layers_of_the_base_are_stored_once(root: Root) -> None:
     store = ImageStore(root.path)
     ours = store.manifest(store.resolve(builds.SMALL)).layers
-    found = built(root, f"FROM {builds.SMALL}\nRUN echo x > /x\n")
+    found = built(root, f"FROM {builds.SMALL}\nRUN echo x > /x\nRUN true\nRUN true # again\n")
     theirs = store.manifest(store.resolve(found.digest)).layers
     assert [one.digest for one in theirs[: len(ours)]] == [one.digest for one in ours]
-    assert len(theirs) == len(ours) + 1
+    assert len(theirs) == len(ours) + 3
+    assert len({one.digest for one in theirs}) == len(ours) + 2
+
+
+def test_a_step_leaves_in_the_image_what_it_made_and_nothing_else(root: Root) -> None:
+    found = built(root, f"FROM {builds.SMALL}\nRUN cat /etc/hosts; echo x > /etc/own; ln -s own /etc/link\n")
+    store = ImageStore(root.path)
+    layer = store.manifest(store.resolve(found.digest)).layers[-1]
+    with tarfile.open(store.blobs.path(layer.digest)) as tar:
+        assert sorted(tar.getnames()) == ["etc", "etc/link", "etc/own", "run"]  # in which buildah mounts something
 
 
 def test_with_a_fixed_time_the_same_content_is_the_same_image(root: Root) -> None:

@@ -74,6 +74,17 @@ def test_a_step_that_was_killed_is_not_said_to_have_ended() -> None:
     assert watch.why() == "could not build: step 1 (RUN x) was ended by a signal: killed"
 
 
+def test_what_an_image_has_no_place_for_is_said_once() -> None:
+    words = "SHELL is not supported for OCI image format, [sh] will be ignored"
+    line = f'time="x" level=warning msg="{words}. Must use `docker` format"'
+    _, told = watched("STEP 1/2: SHELL []", line, "STEP 2/2: RUN x", line)
+    assert told == [
+        "STEP 1/2: SHELL []",
+        f"note: {words}.",
+        "STEP 2/2: RUN x",
+    ]
+
+
 def test_a_long_step_is_cut_and_a_full_disk_noticed() -> None:
     watch, _ = watched(f"STEP 1/1: RUN {'x' * 5000}", "cat: write error: Disk quota exceeded")
     assert len(watch.step) < 150
@@ -158,6 +169,33 @@ def test_a_step_gets_what_a_container_gets_whatever_buildah_asked_for() -> None:
     assert found["root"] == {"path": "/r"}
     gone = {"hooks", "apparmorProfile", "rlimits", "resources", "cgroupsPath", "devices"}
     assert not gone & {*found, *found["process"], *found["linux"]}
+
+
+def test_mount_points_that_an_image_lacks_are_there_for_the_step_only(tmp_path: Path) -> None:
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/hosts").write_text("the image's")
+    made = runtime.make_stubs(str(tmp_path), ["/etc/hosts", "/etc/hostname", "/etc/resolv.conf"])
+    assert made == ["/etc/hostname", "/etc/resolv.conf"]
+    (tmp_path / "etc/resolv.conf").write_text("made more of by the step")
+    runtime.remove_stubs(str(tmp_path), made)
+    assert sorted(path.name for path in (tmp_path / "etc").iterdir()) == ["hosts", "resolv.conf"]
+
+
+def test_a_mount_point_behind_a_link_is_left_to_the_runtime(tmp_path: Path) -> None:
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    root.mkdir()
+    outside.mkdir()
+    (root / "etc").symlink_to(outside)
+    assert runtime.make_stubs(str(root), ["/etc/hosts", "/none/hosts"]) == []
+    (outside / "hosts").touch()
+    runtime.remove_stubs(str(root), ["/etc/hosts", "/none/hosts"])
+    assert (outside / "hosts").exists()
+    (outside / "hosts").unlink()
+    (root / "etc").unlink()
+    (root / "etc").mkdir()
+    (root / "etc/hosts").symlink_to(outside / "hosts")
+    assert runtime.make_stubs(str(root), ["/etc/hosts"]) == []
+    assert list(outside.iterdir()) == []
 
 
 # the result

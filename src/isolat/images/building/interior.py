@@ -29,7 +29,12 @@ _PASSWD = "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/nonexiste
 _GROUP = "root:x:0:\ntty:x:5:\nnogroup:x:65534:\n"
 _RUNTIME = """\
 #!/bin/sh
-case " $* " in *" create "*) {python} -I -S {ours}/runtime.py config.json {ours}/ours.json || exit 1 ;; esac
+for name; do :; done
+record="/run/stubs-$name"
+case " $* " in
+*" create "*) {python} -I -S {ours}/runtime.py create {ours}/ours.json "$record" || exit 1 ;;
+*" delete "*) if [ -e "$record" ]; then {python} -I -S {ours}/runtime.py delete "$record"; fi ;;
+esac
 exec {crun} --cgroup-manager=disabled "$@"
 """
 

@@ -82,13 +82,13 @@ def manifest(layout: Path, known: Mapping[str, Descriptor], image: str) -> tuple
     raw_config = _blob(layout, found.config.digest)
     config = parse_config(raw_config)
     check_together(found, config)
-    layers, copied = [], []
+    layers, copied = [], {}
     for diff_id, layer in zip(config.diff_ids, found.layers, strict=True):
         layers.append(known.get(diff_id, layer))
         if diff_id not in known:
-            copied.append(layer)
+            copied[layer.digest] = layer  # steps that change nothing have the same one
     described = Descriptor(found.config.media_type, found.config.digest, len(raw_config))
-    return write_manifest(described, layers), raw_config, copied
+    return write_manifest(described, layers), raw_config, list(copied.values())
 
 
 def _only_manifest(layout: Path) -> str:

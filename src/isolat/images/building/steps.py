@@ -11,8 +11,11 @@ TAIL_LINES = 20
 _STEP = re.compile(r"(?:\[\d+/\d+\] )?STEP (\d+)/(\d+): (.*)")
 _ERROR = re.compile(r'(?:Error: )(?:building at STEP "(.*?)(?<!\\)": )?(.*)')
 _EXIT = re.compile(r"exit status (\d+)$")
-_REPEATED = re.compile(r'Error: building at STEP "|time="[^"]*" level=\w+ msg="exit status \d+"$')
+_REPEATED = re.compile(r'Error: building at STEP "|time="[^"]*" level=error msg="(?:exit status \d+"$|\+\(UNHANDLED)')
 _KILLED = re.compile(r"container exited on (\w[\w ]*)$")
+_WARNING = re.compile(
+    r'time="[^"]*" level=warning msg="(.* is not supported for OCI image format.*?)(?: Must use .*)?"$'
+)
 _STEP_LETTERS = 120
 _DISK = ("no space left on device", "disk quota exceeded")
 _NETWORK_HINT = "if it needs the network: a build has none, unless you build with --network host"
@@ -28,8 +31,18 @@ class Watch:
         self.steps = 0
         self.error = ""
         self.killed = ""
+        self._warned: set[str] = set()
 
     def line(self, text: str) -> None:
+        warning = _WARNING.fullmatch(text)
+        if warning:  # buildah repeats it with every further step
+            if warning[1] not in self._warned:
+                self._warned.add(warning[1])
+                self._tell(f"note: {warning[1]}")
+            return
+        self._understand(text)
+
+    def _understand(self, text: str) -> None:
         found = _STEP.fullmatch(text)
         if found:
             self.steps += 1
