@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from isolat.errors import IsolatError
 from isolat.images.progress import Progress
+from isolat.images.registries.watch import Abandoned
 
 T = TypeVar("T")
 _LOOK_S = 0.2
@@ -40,6 +40,12 @@ class Flight(Generic[T]):
         for passenger in list(self.passengers):
             passenger.tell(text, done, total)
 
+    def outcome(self) -> T:
+        if self.error is not None:
+            raise self.error
+        assert self.result is not None
+        return self.result
+
     def abandoned(self) -> bool:
         """Nobody waits any more."""
         return all(passenger.gone() for passenger in list(self.passengers))
@@ -52,22 +58,21 @@ class Flights(Generic[T]):
 
     def join(self, key: object, passenger: Passenger, work: Callable[[Flight[T]], T]) -> T:
         """What ``work`` returns, or raises; done by the first who comes with this key, for all who come meanwhile."""
-        with self._lock:
-            flight = self._flying.get(key)
-            first = flight is None
-            if flight is None:
-                flight = self._flying[key] = Flight()
-            flight.passengers.append(passenger)
-        if first:
-            return self._fly(key, flight, work)
-        while not flight.landed.wait(_LOOK_S):
-            if passenger.gone():
-                break
-        if flight.error is not None:
-            raise flight.error
-        if flight.result is None:
-            raise IsolatError("nobody waits for it any more")
-        return flight.result
+        while True:
+            with self._lock:
+                flight = self._flying.get(key)
+                first = flight is None
+                if flight is None:
+                    flight = self._flying[key] = Flight()
+                flight.passengers.append(passenger)
+            if first:
+                return self._fly(key, flight, work)
+            while not flight.landed.wait(_LOOK_S):
+                if passenger.gone():
+                    raise Abandoned("nobody waits for it any more")
+            if not isinstance(flight.error, Abandoned):
+                return flight.outcome()
+            # It was given up just before this one came: begin anew
 
     def _fly(self, key: object, flight: Flight[T], work: Callable[[Flight[T]], T]) -> T:
         try:

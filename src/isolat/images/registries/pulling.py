@@ -1,23 +1,28 @@
 """From a registry into the store.
 
-The manifest first (``skopeo inspect --raw``), whose digest is checked here; of an index the platform's instance. Then
-skopeo copies that manifest's blobs, by its digest and under the policy, into the staging directory; the store verifies
-every one while it makes the file system of them. So nothing is believed that has not been summed up here.
+What the name means is asked for first (``skopeo inspect --raw``), its digest is checked here, and of an index the
+platform's instance is chosen here. Then the blobs come, in one of two ways:
+
+- where the policy accepts everything: through skopeo's proxy (proxy.py), as streams that are written here;
+- else skopeo copies the image under the policy, into a directory of its own (copying.py), and what it accepted must be
+  the very manifest that was chosen.
+
+The store verifies every blob again while it makes the file system of them. So nothing is believed that was not summed
+up here.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
-from isolat.errors import InvalidImage, NotFound
+from isolat.errors import InvalidImage, IsolatError, NotFound, StoreError
 from isolat.images.blobs import read_blob
 from isolat.images.image import Image
 from isolat.images.oci import (
-    BLOB_BYTES_MAX,
     DOCUMENT_BYTES_MAX,
     Descriptor,
     Index,
@@ -30,13 +35,15 @@ from isolat.images.oci import (
     parse_manifest,
 )
 from isolat.images.reference import Reference
-from isolat.images.store import ImageStore
-from isolat.images.registries import policy, skopeo
+from isolat.images.store import Build, ImageStore
+from isolat.images.registries import copying, policy, skopeo
 from isolat.images.registries.flights import Flight, Flights, Passenger
+from isolat.images.registries.proxy import Proxy
 from isolat.images.registries.skopeo import Access
-from isolat.images.registries.staging import Staging
+from isolat.images.registries.staging import Incoming, Kept
 from isolat.images.registries.watch import Watch
 
+RESERVE_BYTES = 256 << 20  # of the disk, for others
 _TOLD_S = 0.1
 
 
@@ -49,160 +56,217 @@ class Wanted:
     access: Access = Access()
     asked: bool = False  # somebody named the platform
 
+    @property
+    def key(self) -> object:
+        """Who wants the same with the same rights."""
+        rights = (self.access.tls_verify, json.dumps(dict(self.access.auths), sort_keys=True))
+        return (self.reference, self.platform, self.asked, rights)
+
+
+def wanted(reference: Reference, platform: Platform | None, access: Access) -> Wanted:
+    return Wanted(reference, platform or own_platform(), access, asked=platform is not None)
+
 
 class Puller:
     """Of one store."""
 
     def __init__(self, store: ImageStore) -> None:
         self._store = store
-        self.staging = Staging(store.dir, store.blobs)
+        self.kept = Kept(store.dir)
+        self.kept.sweep()
         self._flights: Flights[Image] = Flights()
 
     def pull(self, wanted: Wanted, passenger: Passenger) -> Image:
         """Raises NotFound, Refused, InvalidImage, StoreError, DeadlineExceeded, each with what the registry said."""
         skopeo.check_there()
-        key = (wanted.reference, wanted.platform)
-        return self._flights.join(key, passenger, lambda flight: self._pull(wanted, flight))
+        return self._flights.join(wanted.key, passenger, lambda flight: _Pull(self, self._store, wanted, flight).run())
 
-    def _pull(self, wanted: Wanted, flight: Flight[Image]) -> Image:
-        name = wanted.reference.name or wanted.reference.by_digest
-        watch = Watch(f"pulling {name}", flight.abandoned)
-        flight.tell(f"asking for {name}", 0, 0)
-        top, manifest = self._manifest(wanted, watch)
+
+class _Pull:
+    """One of them."""
+
+    def __init__(self, puller: Puller, store: ImageStore, wanted: Wanted, flight: Flight[Image]) -> None:
+        self._store = store
+        self._kept = puller.kept
+        self._wanted = wanted
+        self._flight = flight
+        self._name = wanted.reference.name or wanted.reference.by_digest
+        self._watch = Watch(f"pulling {self._name}", flight.abandoned)
+        self._came = self._total = 0
+        self._told_s = 0.0
+
+    def run(self) -> Image:
+        self._flight.tell(f"asking for {self._name}", 0, 0)
         rules = policy.find(self._store.root)
-        if not self._is_here(manifest) or not rules.accepts_anything:
-            self._fetch(wanted, manifest, rules, flight, watch)
-        self._check_platform(wanted, manifest)
-        return self._take_in(wanted, top, manifest, flight)
+        with ExitStack() as stack:
+            build = stack.enter_context(self._store.build())
+            incoming = Incoming(build.path / "blobs", self._store.blobs, self._kept)
+            auths = stack.enter_context(skopeo.auth_file(self._wanted.access.auths))
+            if rules.accepts_anything:
+                top, manifest = self._stream(incoming, auths)
+            else:
+                top, manifest = self._copy(incoming, build, rules, auths)
+            self._check_platform(incoming, manifest)
+            return self._take_in(build, incoming, top, manifest)
 
-    def _is_here(self, manifest: Manifest) -> bool:
-        there = self._store.find(manifest.config.digest.removeprefix("sha256:"))
-        return there is not None and all(self._store.blobs.has(one.digest) for one in manifest.blobs)
+    # What it is
 
-    # what it is
+    def _ask(self, reference: Reference, auths: int) -> skopeo.Running:
+        """Begin to ask for the document that a name means."""
+        words = ["inspect", "--raw", *self._options("", auths), f"docker://{reference.remote}"]
+        return skopeo.Running(skopeo.argv(words), self._watch.what, pass_fds=[auths], stdout=True)
 
-    def _manifest(self, wanted: Wanted, watch: Watch) -> tuple[str, Manifest]:
-        """The digest of what the name means, and the platform's manifest, which may be another document."""
-        raw = self._document(wanted, wanted.reference, watch)
-        found, top = parse_manifest(raw), digest_of(raw)
-        if isinstance(found, Index):
-            one = choose(found, wanted.platform)
-            found = parse_manifest(self._document(wanted, wanted.reference.with_digest(one.digest), watch))
+    def _answer(self, running: skopeo.Running, digest: str) -> bytes:
+        raw = running.document(self._watch)
+        if digest and digest_of(raw) != digest:
+            raise InvalidImage(
+                f"{self._name}: something else came than {digest}: {digest_of(raw)}", stage="digest-mismatch"
+            )
+        self._watch.advanced()
+        return raw
+
+    def _document(self, digest: str, auths: int) -> bytes:
+        with self._ask(self._wanted.reference.with_digest(digest), auths) as running:
+            return self._answer(running, digest)
+
+    def _options(self, side: str, auths: int) -> list[str]:
+        verify = "true" if self._wanted.access.verifies(self._wanted.reference.registry) else "false"
+        return [f"--{side}tls-verify={verify}", "--authfile", skopeo.fd_path(auths)]
+
+    # Through the proxy
+
+    def _stream(self, incoming: Incoming, auths: int) -> tuple[str, Manifest]:
+        """The digest of what the name means, and the platform's manifest, all of whose blobs have come.
+
+        The proxy is started at the same time as the question is asked, because each start has its round trips.
+        """
+        reference = self._wanted.reference
+        options = [
+            *skopeo.platform_options(self._wanted.platform),
+            *("experimental-image-proxy", *self._options("", auths)),
+        ]
+        with self._ask(reference, auths) as running, Proxy(options, auths, self._watch.what, self._watch) as proxy:
+            found = _open(proxy, reference)
+            raw = self._answer(running, reference.digest)
+            chosen = self._choose(raw)
+            image, document = self._opened(proxy, found, chosen)
+            manifest = self._manifest(raw, chosen, document, auths)
+            missing = incoming.missing(manifest.blobs)
+            self._begin(missing)
+            proxy.fetch(image, missing, incoming.create, incoming.whole, self._more)
+        return digest_of(raw), manifest
+
+    def _choose(self, raw: bytes) -> str:
+        """The digest of the platform's manifest. Raises NotFound, which lists what there is."""
+        found = parse_manifest(raw)
+        return choose(found, self._wanted.platform).digest if isinstance(found, Index) else found.digest
+
+    def _opened(self, proxy: Proxy, found: _Opened | IsolatError, chosen: str) -> tuple[int, bytes]:
+        """The proxy's number of the chosen image, and its manifest; where skopeo chose otherwise, opened again."""
+        if isinstance(found, _Opened) and found.digest == chosen:
+            return found.image, found.manifest
+        again = _open(proxy, self._wanted.reference.with_digest(chosen))
+        if isinstance(again, IsolatError):
+            raise again
+        return again.image, again.manifest
+
+    def _manifest(self, top: bytes, chosen: str, document: bytes, auths: int) -> Manifest:
+        """As it is in the registry; the proxy has Docker's only converted."""
+        raw = next((one for one in (top, document) if digest_of(one) == chosen), None)
+        found = parse_manifest(self._document(chosen, auths) if raw is None else raw)
         if not isinstance(found, Manifest):
             raise InvalidImage("an index that names an index is read nowhere", stage="bad-manifest")
-        return top, found
+        return found
 
-    def _check_platform(self, wanted: Wanted, manifest: Manifest) -> None:
+    # Under a policy
+
+    def _copy(self, incoming: Incoming, build: Build, rules: policy.Policy, auths: int) -> tuple[str, Manifest]:
+        """The same, as far as the policy accepts it. All blobs are fetched, because skopeo is to see them all."""
+        reference = self._wanted.reference
+        with self._ask(reference, auths) as running:
+            raw = self._answer(running, reference.digest)
+        chosen = self._choose(raw)
+        expected = raw if digest_of(raw) == chosen else self._document(chosen, auths)
+        manifest = parse_manifest(expected)
+        if not isinstance(manifest, Manifest):
+            raise InvalidImage("an index that names an index is read nowhere", stage="bad-manifest")
+        self._begin(manifest.blobs)
+        copying.copy(
+            f"docker://{reference.remote}",
+            [*skopeo.platform_options(self._wanted.platform)],
+            self._options("src-", auths),
+            manifest,
+            rules,
+            incoming,
+            build,
+            auths,
+            self._watch,
+            self._more,
+        )
+        return digest_of(raw), manifest
+
+    # Both
+
+    def _begin(self, missing: list[Descriptor] | tuple[Descriptor, ...]) -> None:
+        """Raises StoreError where the disk has no room for what is to come."""
+        self._total = sum(one.size_bytes for one in missing)
+        found = os.statvfs(self._store.dir)
+        free = found.f_bavail * found.f_frsize - RESERVE_BYTES
+        if self._total > free:
+            raise StoreError(
+                f"{self._name} needs {self._total >> 20} MiB, and the disk has {max(0, free) >> 20} MiB to spare",
+                stage="disk-full",
+                hint="`isolat system df` shows what takes the room, `isolat system prune` makes some",
+            )
+        self._more(0)
+
+    def _more(self, count: int) -> None:
+        self._came += count
+        if time.monotonic() < self._told_s + _TOLD_S and self._came < self._total:
+            return
+        self._told_s = time.monotonic()
+        self._flight.tell(f"pulling {self._name}, bytes", self._came, self._total)
+
+    def _check_platform(self, incoming: Incoming, manifest: Manifest) -> None:
         """Where somebody asked for a platform and the image is for one only. Raises NotFound."""
-        raw = self.staging.find(manifest.config.digest)
-        config = parse_config(read_blob(raw, manifest.config.digest, DOCUMENT_BYTES_MAX))
-        if wanted.asked and not config.platform.serves(wanted.platform):
+        path = incoming.path(manifest.config.digest)
+        config = parse_config(read_blob(path, manifest.config.digest, DOCUMENT_BYTES_MAX))
+        if self._wanted.asked and not config.platform.serves(self._wanted.platform):
             raise NotFound(
-                f"{wanted.reference.name} is for {config.platform} only, not for {wanted.platform}",
+                f"{self._name} is for {config.platform} only, not for {self._wanted.platform}",
                 hint="leave --platform out",
             )
 
-    def _document(self, wanted: Wanted, reference: Reference, watch: Watch) -> bytes:
-        with skopeo.auth_file(wanted.access.auths) as auths:
-            options = _options("", wanted.access, reference, auths)
-            command = skopeo.argv(["inspect", "--raw", *options, f"docker://{reference.remote}"])
-            with skopeo.Running(command, watch.what, pass_fds=[auths], stdout=True) as running:
-                raw = running.document(watch)
-        if reference.digest and digest_of(raw) != reference.digest:
-            raise InvalidImage(
-                f"{reference.by_digest}: something else came, with the digest {digest_of(raw)}", stage="digest-mismatch"
-            )
-        return raw
-
-    # its blobs
-
-    def _fetch(
-        self, wanted: Wanted, manifest: Manifest, rules: policy.Policy, flight: Flight[Image], watch: Watch
-    ) -> None:
-        reference = wanted.reference.with_digest(manifest.digest)
-        with ExitStack() as stack:
-            directory = stack.enter_context(self.staging.pull())
-            self.staging.offer(manifest.blobs)
-            auths = stack.enter_context(skopeo.auth_file(wanted.access.auths))
-            rule = stack.enter_context(rules.descriptor())
-            words = [
-                *("--policy", skopeo.fd_path(rule), "--tmpdir", str(directory)),
-                *(["--registries.d", rules.lookaside] if rules.lookaside else []),
-                *("copy", *_options("src-", wanted.access, reference, auths)),
-                *("--dest-shared-blob-dir", str(self.staging.blobs_directory)),
-                *(f"docker://{reference.remote}", f"oci:{directory}/layout:x"),
-            ]
-            command = skopeo.argv(
-                words,
-                read=[*rules.read, *([rules.lookaside] if rules.lookaside else [])],
-                write=[str(self.staging.directory)],
-                file_bytes=min(BLOB_BYTES_MAX, max((one.size_bytes for one in manifest.blobs), default=0) + (1 << 20)),
-            )
-            running = stack.enter_context(
-                skopeo.Running(command, watch.what, pass_fds=[auths, rule], environment={"TMPDIR": str(directory)})
-            )
-            _Follower(self.staging, directory, manifest.blobs, flight, watch).follow(running)
-        self.staging.seal(manifest.blobs)
-
-    def _take_in(self, wanted: Wanted, top: str, manifest: Manifest, flight: Flight[Image]) -> Image:
-        reference = wanted.reference
+    def _take_in(self, build: Build, incoming: Incoming, top: str, manifest: Manifest) -> Image:
+        reference = self._wanted.reference
+        digests = [one.digest for one in manifest.blobs]
         try:
-            with self._store.build() as build:
-                image = self._store.add_manifest(
-                    manifest.raw,
-                    self.staging.find,
-                    [reference.name] if reference.name and not reference.digest else [],
-                    build=build,
-                    progress=flight.tell,
-                    repo_digest=reference.with_digest(top).by_digest,
-                )
+            image = self._store.add_manifest(
+                manifest.raw,
+                incoming.path,
+                [reference.name] if reference.name and not reference.digest else [],
+                build=build,
+                progress=self._flight.tell,
+                repo_digest=reference.with_digest(top).by_digest,
+            )
         except InvalidImage:
-            self.staging.forget(manifest.blobs)  # else the same would be found again
+            self._kept.forget(digests)  # else the same would be found again
             raise
-        self.staging.forget(manifest.blobs)
+        self._kept.forget(digests)
         return image
 
 
-class _Follower:
-    """Tells how many bytes have come, from what lies in the staging directory."""
-
-    def __init__(
-        self, staging: Staging, directory: Path, blobs: Sequence[Descriptor], flight: Flight[Image], watch: Watch
-    ) -> None:
-        self._staging = staging
-        self._directory = directory
-        self._blobs = blobs
-        self._flight = flight
-        self._watch = watch
-        self._total = sum(one.size_bytes for one in blobs)
-        self._came = 0
-
-    def follow(self, running: skopeo.Running) -> None:
-        while running.process.poll() is None:
-            self._tell()
-            self._watch.check()
-            time.sleep(_TOLD_S / 4 if self._total < 1 << 20 else _TOLD_S)
-        running.finish(self._watch)
-        self._flight.tell("fetched, bytes", self._total, self._total)
-
-    def _tell(self) -> None:
-        under_way = 0
-        for path in self._directory.glob("layout/oci-put-blob*"):
-            try:
-                under_way += path.stat().st_size
-            except FileNotFoundError:  # it has just become whole
-                continue
-        came = self._staging.arrived(self._blobs) + under_way
-        if came > self._came:
-            self._watch.came(came - self._came)
-            self._came = came
-            self._flight.tell("fetching, bytes", min(came, self._total), self._total)
+@dataclass(frozen=True)
+class _Opened:
+    image: int
+    digest: str
+    manifest: bytes
 
 
-def _options(side: str, access: Access, reference: Reference, auths: int) -> list[str]:
-    verify = "true" if access.verifies(reference.registry) else "false"
-    return [f"--{side}tls-verify={verify}", "--authfile", skopeo.fd_path(auths)]
-
-
-def wanted(reference: Reference, platform: Platform | None, access: Access) -> Wanted:
-    return Wanted(reference, platform or own_platform(), access, asked=platform is not None)
+def _open(proxy: Proxy, reference: Reference) -> _Opened | IsolatError:
+    """An image in the proxy, or why not: what else is known may tell it better."""
+    try:
+        image = proxy.open(f"docker://{reference.remote}")
+        return _Opened(image, *proxy.manifest(image))
+    except (NotFound, StoreError) as error:
+        return error

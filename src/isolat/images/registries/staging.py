@@ -1,113 +1,112 @@
-"""Where blobs arrive: one directory of nobody's, kept after a kill, so that a pull goes on with what came whole.
+"""Blobs on their way in: one directory for each pull, and what came whole before a pull was killed.
 
 ::
 
-    STATE_ROOT/images/incoming/blobs/sha256/HEX   whole blobs: by skopeo's word, so verified before they are taken in
-    STATE_ROOT/images/incoming/ID                 one pull: blobs under way
+    STATE_ROOT/images/incoming/blobs/sha256/HEX   whole blobs that no image has yet, root's and read-only
+    STATE_ROOT/images/tmp/…/blobs                 of one pull (a build's directory): all that it needs, as links
 
-What the store has already is linked in beforehand, so that it is not fetched again. As soon as nobody writes any more a
-blob becomes root's and read-only, and is verified only then.
+What the store or an earlier pull has is linked in and not fetched again; what comes whole is linked out at once. So a
+pull goes on where a killed one ended, and nothing that a pull stands on can be removed under it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import secrets
-import shutil
-import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
-from isolat.errors import InvalidImage
 from isolat.images.blobs import Blobs
 from isolat.images.oci import Descriptor, hexadecimal
 
-_NOBODY = 65534
-_KEPT_S = 86400.0
+KEPT_S = 86400.0
 
 
-class Staging:
-    """Of one store. Safe for several pulls at once."""
+class Kept:
+    """What came whole and is in no image. Safe for several pulls at once."""
 
-    def __init__(self, images: Path, blobs: Blobs) -> None:
-        self.directory = images / "incoming"
-        self.blobs_directory = self.directory / "blobs"
-        self._dir = self.blobs_directory / "sha256"
-        self._blobs = blobs
+    def __init__(self, images: Path) -> None:
+        self._dir = images / "incoming" / "blobs" / "sha256"
 
-    def open(self) -> None:
-        for directory in (self.directory, self.blobs_directory, self._dir):
-            directory.mkdir(mode=0o700, exist_ok=True)
-            os.chown(directory, _NOBODY, _NOBODY)
+    def link(self, blob: Descriptor, target: Path) -> bool:
+        """Make ``target`` the blob, if it is here."""
+        path = self._dir / hexadecimal(blob.digest)
+        try:
+            if path.lstat().st_size != blob.size_bytes:  # a machine that lost its power
+                path.unlink()
+                return False
+            os.utime(path)
+            os.link(path, target)
+        except FileNotFoundError:
+            return False
+        return True
 
-    def sweep(self, kept_s: float = _KEPT_S) -> int:
-        """Remove pulls that were killed, and blobs that nobody has asked for so long. The bytes that this freed."""
+    def keep(self, file: Path, digest: str) -> None:
+        self._dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            os.link(file, self._dir / hexadecimal(digest))
+
+    def forget(self, digests: Iterable[str]) -> None:
+        """They are in the store now, or are not what they should be."""
+        for digest in digests:
+            (self._dir / hexadecimal(digest)).unlink(missing_ok=True)
+
+    def sweep(self, kept_s: float = KEPT_S) -> int:
+        """Remove what nobody has asked for so long. The bytes that this freed."""
         freed = 0
         with contextlib.suppress(FileNotFoundError):
-            for path in self.directory.iterdir():
-                if path != self.blobs_directory:
-                    freed += sum(file.stat().st_size for file in path.glob("oci-put-blob*"))
-                    shutil.rmtree(path, ignore_errors=True)
             for path in self._dir.iterdir():
-                found = path.lstat()
-                if time.time() - found.st_mtime > kept_s:
-                    freed += found.st_size if found.st_nlink == 1 else 0
-                    path.unlink(missing_ok=True)
+                with contextlib.suppress(FileNotFoundError):
+                    found = path.lstat()
+                    if time.time() - found.st_mtime >= kept_s:
+                        path.unlink()
+                        freed += found.st_size
         return freed
 
-    @contextlib.contextmanager
-    def pull(self) -> Iterator[Path]:
-        """A directory for one pull, gone at its end."""
-        self.open()
-        path = self.directory / secrets.token_hex(8)
-        path.mkdir(mode=0o700)
-        os.chown(path, _NOBODY, _NOBODY)
+    @property
+    def used_bytes(self) -> int:
         try:
-            yield path
-        finally:
-            shutil.rmtree(path, ignore_errors=True)
+            return sum(entry.stat(follow_symlinks=False).st_size for entry in os.scandir(self._dir))
+        except FileNotFoundError:
+            return 0
 
-    def offer(self, wanted: Sequence[Descriptor]) -> None:
-        """Link in what the store has."""
-        for one in wanted:
-            if self._blobs.has(one.digest):
-                with contextlib.suppress(FileExistsError):
-                    os.link(self._blobs.path(one.digest), self._dir / hexadecimal(one.digest))
 
-    def arrived(self, wanted: Sequence[Descriptor]) -> int:
-        """How many bytes of these have come whole."""
-        found = 0
-        for one in wanted:
-            with contextlib.suppress(FileNotFoundError):
-                found += (self._dir / hexadecimal(one.digest)).lstat().st_size
-        return found
+class Incoming:
+    """The blobs of one pull, by their digests. Nobody but root can write here."""
 
-    def seal(self, wanted: Sequence[Descriptor]) -> None:
-        """Nobody may change these any more. Raises InvalidImage for what is no plain file, or did not come."""
-        for one in wanted:
-            if self._blobs.has(one.digest):
-                continue
-            path = self._dir / hexadecimal(one.digest)
-            try:
-                descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-            except OSError as error:
-                raise InvalidImage(f"the blob {one.digest} did not come", stage="missing-layer") from error
-            try:
-                found = os.fstat(descriptor)
-                if not stat.S_ISREG(found.st_mode) or (found.st_nlink > 1 and found.st_uid == _NOBODY):
-                    raise InvalidImage(f"the blob {one.digest} is no plain file", stage="bad-blob")
-                os.fchown(descriptor, os.geteuid(), os.getegid())
-                os.fchmod(descriptor, 0o444)
-            finally:
-                os.close(descriptor)
+    def __init__(self, directory: Path, blobs: Blobs, kept: Kept) -> None:
+        directory.mkdir(mode=0o711)
+        self._dir = directory
+        self._blobs = blobs
+        self._kept = kept
 
-    def find(self, digest: str) -> Path:
-        """Where it lies: in the store, else here."""
-        return self._blobs.path(digest) if self._blobs.has(digest) else self._dir / hexadecimal(digest)
+    def path(self, digest: str) -> Path:
+        return self._dir / hexadecimal(digest)
 
-    def forget(self, wanted: Sequence[Descriptor]) -> None:
-        """They are in the store now, or are not what they should be."""
-        for one in wanted:
-            (self._dir / hexadecimal(one.digest)).unlink(missing_ok=True)
+    def missing(self, wanted: Iterable[Descriptor]) -> list[Descriptor]:
+        """Those that have to be fetched; the others are linked in."""
+        return [one for one in wanted if not self.path(one.digest).exists() and not self._offer(one)]
+
+    def _offer(self, blob: Descriptor) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            os.link(self._blobs.path(blob.digest), self.path(blob.digest))
+            return True
+        return self._kept.link(blob, self.path(blob.digest))
+
+    def create(self, digest: str) -> int:
+        """The descriptor of a new file for a blob."""
+        path = self._dir / f"{hexadecimal(digest)}.part"
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444)
+
+    def whole(self, digest: str) -> None:
+        """All of it has come, and its digest was found right."""
+        path = self.path(digest)
+        path.with_name(f"{path.name}.part").rename(path)
+        self._kept.keep(path, digest)
+
+    def adopt(self, file: Path, digest: str) -> None:
+        """A file that somebody else wrote, who is gone: from now on it is root's and read-only."""
+        os.chown(file, os.geteuid(), os.getegid(), follow_symlinks=False)
+        file.chmod(0o444)
+        file.rename(self.path(digest))
