@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 from isolat import __version__
+from isolat.daemon import archives as a
 from isolat.daemon import build as b
 from isolat.daemon import snapshots as s
 from isolat.daemon import templates as t
@@ -337,6 +338,13 @@ VERBS: dict[str, Callable[[Call], Answer]] = {
     "events": events,
     "images": images,
     "rmi": rmi,
+    "tag": a.tag,
+    "save": a.save,
+    "load": a.load,
+    "import": a.import_,
+    "image_inspect": a.inspect,
+    "history": a.history,
+    "image_tree": a.tree,
     "bootstrap": bootstrap_,
     "build": b.build,
     "builder_prune": b.prune,

@@ -28,7 +28,7 @@ _OTHERS = ((b"BZh", "bzip2"), (b"\xfd7zXZ\0", "xz"), (b"PK\x03\x04", "zip"), (b"
 Told = Callable[[int], None]
 
 
-class _Member(Protocol):
+class _Opens(Protocol):
     """One gzip member being opened: what comes out is bounded, what stays inside comes out when asked with nothing."""
 
     @property
@@ -66,17 +66,17 @@ class Openers:
             return pieces
         if kind == "gzip":
             assert self._gzip is not None
-            return _members(self._gzip, pieces)
+            return members(self._gzip, pieces)
         assert self._zstd is not None
         return _frames(self._zstd, pieces)
 
 
-def _gzip() -> Callable[[], _Member]:
+def _gzip() -> Callable[[], _Opens]:
     """igzip is twice as quick as zlib; where it isn't installed zlib does."""
     try:
         from isal import igzip_lib
 
-        return lambda: _Igzip(igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP))
+        return lambda: Member(igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP))
     except ImportError:
         import zlib
 
@@ -92,8 +92,8 @@ def _zstd() -> Callable[[Any], Any]:
     return lambda source: decompressor.stream_reader(source, read_size=_READ, read_across_frames=True)
 
 
-class _Igzip:
-    """It keeps what it has not used; asked with nothing it goes on."""
+class Member:
+    """The manners of igzip, bz2 and lzma: what is not used is kept; asked with nothing it goes on."""
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
@@ -139,8 +139,8 @@ class _Zlib:
         return found
 
 
-def _members(make: Callable[[], _Member], pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """Gzip members one after the other (RFC 1952, 2.2)."""
+def members(make: Callable[[], _Opens], pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """Members one after the other (RFC 1952, 2.2; so do bzip2 and xz)."""
     data, stream = b"", make()
     fresh = True
     while True:
@@ -154,7 +154,7 @@ def _members(make: Callable[[], _Member], pieces: Iterator[bytes]) -> Iterator[b
         try:
             found = stream.decompress(data, STRETCH)
         except Exception as error:
-            raise Bad("bad-compression", f"the gzip data is damaged: {error}") from error
+            raise Bad("bad-compression", f"the compressed data is damaged: {error}") from error
         data = b""
         if found:
             yield found
