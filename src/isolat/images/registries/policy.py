@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,14 +48,14 @@ class Policy:
 
 def find(root: Path) -> Policy:
     """The policy of this state root. Raises StoreError for one that can't be read: then nothing is accepted."""
-    lookaside = next((str(path / LOOKASIDE) for path in (root, _SYSTEM) if (path / LOOKASIDE).is_dir()), "")
+    lookaside = next((path / LOOKASIDE for path in (root, _SYSTEM) if (path / LOOKASIDE).is_dir()), None)
     for path in (root / FILE, _SYSTEM / FILE):
         if path.exists():
             return _read(path, lookaside)
-    return Policy(json.dumps(_ANYTHING), lookaside=lookaside)
+    return Policy(json.dumps(_ANYTHING))
 
 
-def _read(path: Path, lookaside: str) -> Policy:
+def _read(path: Path, lookaside: Path | None) -> Policy:
     try:
         with path.open() as stream:
             text = stream.read(_BYTES_MAX)
@@ -63,7 +64,31 @@ def _read(path: Path, lookaside: str) -> Policy:
         raise StoreError(
             f"the policy {path} can't be read: {error}", stage="policy", hint="mend it: until then nothing is accepted"
         ) from error
-    return Policy(json.dumps(data), tuple(_keys(data)), lookaside)
+    where = (str(lookaside), *_directories(lookaside)) if lookaside else ()
+    return Policy(json.dumps(data), (*_keys(data), *where), str(lookaside or ""))
+
+
+def _directories(lookaside: Path) -> Iterator[str]:
+    """The directories of this machine in which signatures lie."""
+    if "site" not in sys.modules:  # the launcher starts Python without it, and it is what finds installed packages
+        import site
+
+        site.main()
+    import yaml
+
+    for path in sorted(lookaside.glob("*.yaml")):
+        try:
+            yield from _file_urls(yaml.safe_load(path.read_text()))
+        except (OSError, yaml.YAMLError) as error:
+            raise StoreError(f"{path} can't be read: {error}", stage="policy") from error
+
+
+def _file_urls(data: Any) -> Iterator[str]:
+    if isinstance(data, dict):
+        for value in data.values():
+            yield from _file_urls(value)
+    elif isinstance(data, str) and data.startswith("file://"):
+        yield data.removeprefix("file://")
 
 
 def _keys(data: Any) -> Iterator[str]:

@@ -18,6 +18,7 @@ from isolat.images.blobs import read_blob
 from isolat.images.image import Image
 from isolat.images.oci import (
     BLOB_BYTES_MAX,
+    DOCKER_MANIFEST,
     DOCUMENT_BYTES_MAX,
     Descriptor,
     Index,
@@ -30,12 +31,12 @@ from isolat.images.oci import (
     parse_manifest,
 )
 from isolat.images.reference import Reference
-from isolat.images.store import ImageStore
 from isolat.images.registries import policy, skopeo
 from isolat.images.registries.flights import Flight, Flights, Passenger
 from isolat.images.registries.skopeo import Access
 from isolat.images.registries.staging import Staging
 from isolat.images.registries.watch import Watch
+from isolat.images.store import ImageStore
 
 _TOLD_S = 0.1
 
@@ -128,13 +129,14 @@ class Puller:
             words = [
                 *("--policy", skopeo.fd_path(rule), "--tmpdir", str(directory)),
                 *(["--registries.d", rules.lookaside] if rules.lookaside else []),
-                *("copy", *_options("src-", wanted.access, reference, auths)),
-                *("--dest-shared-blob-dir", str(self.staging.blobs_directory)),
-                *(f"docker://{reference.remote}", f"oci:{directory}/layout:x"),
+                *("copy", "--remove-signatures", *_options("src-", wanted.access, reference, auths)),
+                *_destination(
+                    manifest, self.staging.blobs_directory, directory / "layout", f"docker://{reference.remote}"
+                ),
             ]
             command = skopeo.argv(
                 words,
-                read=[*rules.read, *([rules.lookaside] if rules.lookaside else [])],
+                read=rules.read,
                 write=[str(self.staging.directory)],
                 file_bytes=min(BLOB_BYTES_MAX, max((one.size_bytes for one in manifest.blobs), default=0) + (1 << 20)),
             )
@@ -142,7 +144,18 @@ class Puller:
                 skopeo.Running(command, watch.what, pass_fds=[auths, rule], environment={"TMPDIR": str(directory)})
             )
             _Follower(self.staging, directory, manifest.blobs, flight, watch).follow(running)
+            self.staging.collect(directory / "layout", manifest.blobs)
+        if manifest.media_type == DOCKER_MANIFEST:
+            self._fetch_config(wanted, reference, manifest, watch)
         self.staging.seal(manifest.blobs)
+
+    def _fetch_config(self, wanted: Wanted, reference: Reference, manifest: Manifest, watch: Watch) -> None:
+        """skopeo writes a Docker configuration anew when it writes an OCI layout: here are the bytes as they are."""
+        with skopeo.auth_file(wanted.access.auths) as auths:
+            options = _options("", wanted.access, reference, auths)
+            command = skopeo.argv(["inspect", "--config", "--raw", *options, f"docker://{reference.remote}"])
+            with skopeo.Running(command, watch.what, pass_fds=[auths], stdout=True) as running:
+                self.staging.put(manifest.config, running.document(watch))
 
     def _take_in(self, wanted: Wanted, top: str, manifest: Manifest, flight: Flight[Image]) -> Image:
         reference = wanted.reference
@@ -197,6 +210,21 @@ class _Follower:
             self._watch.came(came - self._came)
             self._came = came
             self._flight.tell("fetching, bytes", min(came, self._total), self._total)
+
+
+def _destination(manifest: Manifest, blobs: Path, layout: Path, source: str) -> list[str]:
+    """Where it goes, so that no blob changes on the way.
+
+    Into a layout skopeo compresses what is not, unless digests are to be preserved, and that it refuses for Docker's
+    manifests, which it translates. Docker's with plain layers are rare: they go into a directory, and start anew after
+    a kill.
+    """
+    shared = ["--dest-shared-blob-dir", str(blobs)]
+    if manifest.media_type != DOCKER_MANIFEST:
+        return ["--preserve-digests", *shared, source, f"oci:{layout}:x"]
+    if all(layer.media_type.endswith("gzip") for layer in manifest.layers):
+        return [*shared, source, f"oci:{layout}:x"]
+    return ["--preserve-digests", source, f"dir:{layout}"]
 
 
 def _options(side: str, access: Access, reference: Reference, auths: int) -> list[str]:

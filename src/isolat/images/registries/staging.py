@@ -76,6 +76,19 @@ class Staging:
                 with contextlib.suppress(FileExistsError):
                     os.link(self._blobs.path(one.digest), self._dir / hexadecimal(one.digest))
 
+    def collect(self, layout: Path, wanted: Sequence[Descriptor]) -> None:
+        """Take over what came into a plain directory (skopeo's ``dir:``), under its digits."""
+        for one in wanted:
+            with contextlib.suppress(FileNotFoundError):
+                (layout / hexadecimal(one.digest)).rename(self._dir / hexadecimal(one.digest))
+
+    def put(self, one: Descriptor, data: bytes) -> None:
+        """A document that came another way."""
+        path = self._dir / hexadecimal(one.digest)
+        path.unlink(missing_ok=True)
+        with path.open("xb") as stream:
+            stream.write(data)
+
     def arrived(self, wanted: Sequence[Descriptor]) -> int:
         """How many bytes of these have come whole."""
         found = 0
