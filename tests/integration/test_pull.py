@@ -7,6 +7,7 @@ import hashlib
 import http.server
 import json
 import os
+import shutil
 import subprocess
 import threading
 import time
@@ -205,6 +206,9 @@ def test_a_policy_is_honoured(fresh_root: Root, address: str, tmp_path: Path) ->
     (root.path / "policy.json").write_text("{")
     done = root.cli("pull", signed)
     assert done.returncode == 125 and b"can't be read" in done.stderr
+    shutil.rmtree(where)  # what a user has put into a state root is kept when everything is reset
+    key.unlink()
+    (root.path / "policy.json").unlink()
 
 
 # A registry that is not what it should be
