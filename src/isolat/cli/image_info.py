@@ -12,6 +12,7 @@ from isolat.client import connect
 _COMMAND_CHARACTERS = 45
 _SHELL = "/bin/sh -c "
 _NOT_RUN = "#(nop) "
+_NO_TIME = "0001-01-01"  # how Go writes that there is none
 
 
 def tag(parsed: o.Parsed) -> int:
@@ -41,7 +42,7 @@ def _step(row: dict[str, Any], whole: bool) -> list[str]:
     command = " ".join(str(row["created_by"]).split())
     if not whole:
         command = command.removeprefix(_SHELL).removeprefix(_NOT_RUN)
-    created = str(row["created"])
+    created = "" if str(row["created"]).startswith(_NO_TIME) else str(row["created"])
     return [
         (created if whole else created[:19].replace("T", " ")) or "-",
         tables.shorten(command, _COMMAND_CHARACTERS, whole),

@@ -151,6 +151,15 @@ VERBS: dict[str, Verb] = {
             "setup", "", "install what is missing", "system:setup",
             (Option("-y --yes", FLAG, "do not ask"),),
         ),
+        Verb("diff", "ENV", "what it has changed of its image", "changes:diff", (JSON,), (1, 1)),
+        Verb(
+            "commit", "ENV [NAME…]", "keep it as a new image", "changes:commit",
+            (Option("-m --message", VALUE, "what stands in the history", "TEXT"),
+             Option("-a --author", VALUE, "who made it", "NAME"),
+             Option("-c --change", LIST, "change a default: 'CMD [\"sh\"]', 'ENV A=b'", "INSTRUCTION"),
+             Option("-p --pause", VALUE, "everything inside stands still meanwhile (default: true)", "true|false"),
+             Option("-q --quiet", FLAG, "only the id"), JSON), (1, None),
+        ),
         Verb(
             "pull", "IMAGE", "fetch an image from a registry", "transfer:pull",
             (Option("--platform", VALUE, "of an image for several (default: this machine's)", "OS/ARCH[/VARIANT]"),

@@ -12,9 +12,9 @@ from dataclasses import asdict
 from isolat import __version__
 from isolat.daemon import archives as a
 from isolat.daemon import build as b
+from isolat.daemon import changes, transfer, upkeep
 from isolat.daemon import snapshots as s
 from isolat.daemon import templates as t
-from isolat.daemon import transfer, upkeep
 from isolat.daemon import volumes as v
 from isolat.daemon.arguments import Arguments
 from isolat.daemon.call import Answer, Call
@@ -357,6 +357,8 @@ VERBS: dict[str, Callable[[Call], Answer]] = {
     "volume_inspect": v.volume_inspect,
     "volume_rm": v.volume_rm,
     "volume_prune": v.volume_prune,
+    "diff": changes.diff,
+    "commit": changes.commit,
     "pull": transfer.pull,
     "push": transfer.push,
     "usage": upkeep.usage,
