@@ -13,10 +13,26 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
 
 from isolat.images.flatten.bad import Bad
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # what these import takes as long as all the rest
+    from collections.abc import Callable, Iterator
+    from typing import Any, Protocol
+
+    class _Opens(Protocol):
+        """One member being opened: what comes out is bounded, what stays inside comes out when asked with nothing."""
+
+        @property
+        def eof(self) -> bool: ...
+        @property
+        def unused_data(self) -> bytes: ...
+        @property
+        def hungry(self) -> bool: ...
+
+        def decompress(self, data: bytes, most: int, /) -> bytes: ...
+
 
 STRETCH = 256 << 10
 LENGTH = struct.Struct("<I")
@@ -24,21 +40,6 @@ _READ = 256 << 10
 _WINDOW_MAX = 128 << 20  # what zstd itself takes by default
 _GZIP, _ZSTD, _ZSTD_SKIPPABLE = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\x2a\x4d\x18"
 _OTHERS = ((b"BZh", "bzip2"), (b"\xfd7zXZ\0", "xz"), (b"PK\x03\x04", "zip"), (b"\x04\x22\x4d\x18", "lz4"))
-
-Told = Callable[[int], None]
-
-
-class _Opens(Protocol):
-    """One gzip member being opened: what comes out is bounded, what stays inside comes out when asked with nothing."""
-
-    @property
-    def eof(self) -> bool: ...
-    @property
-    def unused_data(self) -> bytes: ...
-    @property
-    def hungry(self) -> bool: ...
-
-    def decompress(self, data: bytes, most: int, /) -> bytes: ...
 
 
 def kind_of(start: bytes) -> str:
@@ -199,7 +200,7 @@ def _frames(make: Callable[[Any], Any], pieces: Iterator[bytes]) -> Iterator[byt
 class Blob:
     """One layer as it came: read once, from its start to its end, its sum taken on the way."""
 
-    def __init__(self, descriptor: int, digest: str, told: Told) -> None:
+    def __init__(self, descriptor: int, digest: str, told: Callable[[int], None]) -> None:
         self._descriptor = descriptor
         self._expected = digest.partition(":")[2]
         self._sum = hashlib.sha256()
