@@ -298,7 +298,7 @@ def harm(root: Root, step: str, *options: str) -> tuple[builds.Built, float]:
 def test_a_fork_bomb_meets_its_limit(root: Root) -> None:
     found, slowest = harm(root, "f() { f & f & }; (f); sleep 2; true")
     assert slowest < 10
-    assert "can't fork" in found.text
+    assert "can't fork" in found.text or "it met its limit of processes" in found.text  # buildah may want one, too
 
 
 def test_who_takes_too_much_memory_is_killed_inside(root: Root) -> None:
@@ -315,6 +315,7 @@ def test_who_writes_too_much_is_told_so_inside(root: Root) -> None:
     assert "200 MiB of disk" in found.text
 
 
+@pytest.mark.soak
 def test_who_says_too_much_is_bounded_in_memory(root: Root) -> None:
     found = build(root, f"FROM {SMALL}\nRUN head -c 20000000 /dev/zero | tr '\\\\0' x; echo; echo said\n", "--quiet")
     assert found.code == 0

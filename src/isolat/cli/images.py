@@ -16,8 +16,13 @@ def images(parsed: o.Parsed) -> int:
     elif parsed.flag("quiet"):
         tables.print_lines(name for image in found for name in _names(image))
     else:
+        titles = ["NAME", "DIGEST", "SIZE", "CREATED", "KIND"]
         rows = [_row(image, name, parsed.flag("no_trunc")) for image in found for name in _names(image)]
-        tables.print_table(("NAME", "DIGEST", "SIZE", "CREATED", "KIND"), rows)
+        if parsed.flag("digests"):
+            titles.append("MANIFEST")
+            manifests = [str(image.get("manifest") or "<none>") for image in found for _ in _names(image)]
+            rows = [[*row, manifest] for row, manifest in zip(rows, manifests, strict=True)]
+        tables.print_table(titles, rows)
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from isolat.cli import tables
@@ -11,8 +12,10 @@ from isolat.client import connect
 _BYTES = ", bytes"  # what a text ends with whose numbers are bytes
 
 
-def watch(request: connect.Call, quiet: bool = False) -> dict[str, Any]:
-    """Show progress on standard error until the answer is there."""
+def watch(
+    request: connect.Call, quiet: bool = False, on_row: Callable[[dict[str, Any]], None] | None = None
+) -> dict[str, Any]:
+    """Show progress on standard error until the answer is there; rows go to whoever wants them."""
     show = _Quiet() if quiet else _Bar() if sys.stderr.isatty() and tables.find_rich() else _Lines()
     with show:
         while True:
@@ -20,6 +23,8 @@ def watch(request: connect.Call, quiet: bool = False) -> dict[str, Any]:
             if kind == "ok":
                 found: dict[str, Any] = content
                 return found
+            if kind == "row" and on_row is not None:
+                on_row(content)
             if kind == "progress":
                 show.put(str(content.get("text", "")), int(content.get("done") or 0), int(content.get("total") or 0))
 

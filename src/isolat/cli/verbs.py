@@ -25,7 +25,8 @@ _BOOTSTRAP_OPTIONS = (
     Option("--arch", VALUE, "another architecture than this machine's", "ARCH"),
     JSON,
 )
-_IMAGES_OPTIONS = (Option("-q --quiet", FLAG, "only names"), NO_TRUNC, JSON)
+_SNAPSHOTS_OPTIONS = (Option("-q --quiet", FLAG, "only names"), NO_TRUNC, JSON)
+_IMAGES_OPTIONS = (*_SNAPSHOTS_OPTIONS, Option("--digests", FLAG, "also the digest of each manifest"))
 _BUILD_OPTIONS = (
     Option("-t --tag", LIST, "a name for the image; may be repeated", "NAME[:TAG]"),
     Option("-f --file", VALUE, "the Containerfile (default: CONTEXT/Containerfile or Dockerfile)", "FILE"),
@@ -42,6 +43,7 @@ _BUILD_OPTIONS = (
     JSON,
 )
 _FORCE = "-f --force"
+_PLATFORM = Option("--platform", VALUE, "for which kind of machine (default: this one's)", "OS/ARCH")
 
 
 _PRUNE_ALL = Option("-a --all", FLAG, "also images that have a name")
@@ -89,6 +91,29 @@ VERBS: dict[str, Verb] = {
         Verb("builder prune", "", "remove what builds keep to be quick", "build:prune", (JSON,)),
         Verb("image ls", "", "list images", "images:images", _IMAGES_OPTIONS),
         Verb("image rm", "IMAGE…", "remove images", "images:rmi", (), (1, None)),
+        Verb("image inspect", "IMAGE…", "everything known of them, as JSON", "image_info:inspect", (JSON,), (1, None)),
+        Verb("image history", "IMAGE", "how it was made, the newest step first", "image_info:history",
+             (NO_TRUNC, JSON), (1, 1)),
+        Verb("history", "IMAGE", "how an image was made, the newest step first", "image_info:history",
+             (NO_TRUNC, JSON), (1, 1)),
+        Verb("image tree", "", "which layers images share", "image_info:tree", (JSON,)),
+        Verb("tag", "IMAGE NAME…", "give an image further names", "image_info:tag", (), (2, None)),
+        Verb(
+            "save", "IMAGE…", "write images into an archive", "archives:save",
+            (Option("-o --output", VALUE, "the file (default: standard output)", "FILE"),
+             Option("--format", VALUE, "docker-archive (default) or oci-archive", "FORMAT")), (1, None),
+        ),
+        Verb(
+            "load", "", "take in the images of an archive of Docker's or OCI's form", "archives:load",
+            (Option("-i --input", VALUE, "the file (default: standard input)", "FILE"), _PLATFORM,
+             Option("-q --quiet", FLAG, "print only ids"), JSON),
+        ),
+        Verb(
+            "import", "FILE [NAME]", "make an image of an archive of a root file system (FILE may be -)",
+            "archives:import_",
+            (Option("-c --change", LIST, "an instruction of a Containerfile: CMD, ENV, USER, …", "INSTRUCTION"),
+             Option("-m --message", VALUE, "what its history says of it", "TEXT"), _PLATFORM, JSON), (1, 2),
+        ),
         Verb(
             "template create", "", "boot a machine that others are cloned from", "templates:create",
             (Option("--layer", VALUE, "of which layer (default: microvm)", "LAYER"),
@@ -105,8 +130,8 @@ VERBS: dict[str, Verb] = {
         ),
         Verb("snapshot", "ENV NAME", "keep it as it is now, with all its processes", "snapshots:snapshot",
              (JSON,), (2, 2)),
-        Verb("snapshots", "", "list snapshots", "snapshots:ls", _IMAGES_OPTIONS),
-        Verb("snapshot ls", "", "list snapshots", "snapshots:ls", _IMAGES_OPTIONS),
+        Verb("snapshots", "", "list snapshots", "snapshots:ls", _SNAPSHOTS_OPTIONS),
+        Verb("snapshot ls", "", "list snapshots", "snapshots:ls", _SNAPSHOTS_OPTIONS),
         Verb("snapshot rm", "SNAPSHOT…", "remove snapshots; what was made from them goes on", "snapshots:rm",
              (), (1, None)),
         Verb(
@@ -125,6 +150,15 @@ VERBS: dict[str, Verb] = {
         Verb(
             "setup", "", "install what is missing", "system:setup",
             (Option("-y --yes", FLAG, "do not ask"),),
+        ),
+        Verb("diff", "ENV", "what it has changed of its image", "changes:diff", (JSON,), (1, 1)),
+        Verb(
+            "commit", "ENV [NAME…]", "keep it as a new image", "changes:commit",
+            (Option("-m --message", VALUE, "what stands in the history", "TEXT"),
+             Option("-a --author", VALUE, "who made it", "NAME"),
+             Option("-c --change", LIST, "change a default: 'CMD [\"sh\"]', 'ENV A=b'", "INSTRUCTION"),
+             Option("-p --pause", VALUE, "everything inside stands still meanwhile (default: true)", "true|false"),
+             Option("-q --quiet", FLAG, "only the id"), JSON), (1, None),
         ),
         Verb(
             "pull", "IMAGE", "fetch an image from a registry", "transfer:pull",

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Unpack, overload
 
+from isolat.client import archives, connect, logs, streams
 from isolat.client import build as sources
-from isolat.client import connect, logs, streams
 from isolat.client.build import BuildOptions
 from isolat.client.service import Options, service
 from isolat.client.times import NS
@@ -164,8 +164,9 @@ class Client:
     def _call(self, verb: str, args: Mapping[str, Any], fds: Sequence[int] = ()) -> connect.Call:
         return connect.call(self.root, verb, args, fds, start=self._start)
 
-    def _ask(self, verb: str, args: Mapping[str, Any]) -> Any:
-        return connect.ask(self.root, verb, args, start=self._start)
+    def _ask(self, verb: str, args: Mapping[str, Any], fds: Sequence[int] = ()) -> Any:
+        with self._call(verb, args, fds) as request:
+            return request.result()
 
     @overload
     def run(
@@ -284,6 +285,47 @@ class Client:
 
     def rmi(self, image: str) -> None:
         self._ask("rmi", {"image": image})
+
+    def tag(self, image: str, *names: str) -> None:
+        """Give an image further names."""
+        self._ask("tag", {"image": image, "names": list(names)})
+
+    def inspect_image(self, image: str) -> dict[str, Any]:
+        """Everything known of it."""
+        found: dict[str, Any] = self._ask("image_inspect", {"images": [image]})["images"][0]
+        return found
+
+    def history(self, image: str) -> list[dict[str, Any]]:
+        """How it was made, the newest step first."""
+        found: list[dict[str, Any]] = self._ask("history", {"image": image})["history"]
+        return found
+
+    def save(self, images: Sequence[str], file: str | os.PathLike[str], *, format: str = "docker-archive") -> None:
+        """Write images into a file, which is there whole or not at all. ``format``: or oci-archive."""
+        names = [images] if isinstance(images, str) else list(images)
+        with archives.target(os.fspath(file)) as descriptor:
+            self._ask("save", {"images": names, "format": format}, [descriptor])
+
+    def load(self, file: str | os.PathLike[str], *, platform: str = "") -> list[dict[str, Any]]:
+        """Take in the images of an archive, Docker's or OCI's. Raises InvalidImage."""
+        with archives.source(os.fspath(file)) as descriptor:
+            found: list[dict[str, Any]] = self._ask("load", {"platform": platform}, [descriptor])["images"]
+        return found
+
+    def import_image(
+        self,
+        file: str | os.PathLike[str],
+        name: str = "",
+        *,
+        changes: Sequence[str] = (),
+        message: str = "",
+        platform: str = "",
+    ) -> dict[str, Any]:
+        """Make an image of an archive of a root file system. ``changes``: as ``CMD ["sh"]``. Raises InvalidImage."""
+        args = {"name": name, "changes": list(changes), "message": message, "platform": platform}
+        with archives.source(os.fspath(file)) as descriptor:
+            found: dict[str, Any] = self._ask("import", args, [descriptor])
+        return found
 
     def bootstrap(self, image: str, *, include: Sequence[str] = (), arch: str = "") -> dict[str, Any]:
         """Make a base image."""

@@ -10,10 +10,11 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 from isolat import __version__
+from isolat.daemon import archives as a
 from isolat.daemon import build as b
+from isolat.daemon import changes, transfer, upkeep
 from isolat.daemon import snapshots as s
 from isolat.daemon import templates as t
-from isolat.daemon import transfer, upkeep
 from isolat.daemon import volumes as v
 from isolat.daemon.arguments import Arguments
 from isolat.daemon.call import Answer, Call
@@ -337,6 +338,13 @@ VERBS: dict[str, Callable[[Call], Answer]] = {
     "events": events,
     "images": images,
     "rmi": rmi,
+    "tag": a.tag,
+    "save": a.save,
+    "load": a.load,
+    "import": a.import_,
+    "image_inspect": a.inspect,
+    "history": a.history,
+    "image_tree": a.tree,
     "bootstrap": bootstrap_,
     "build": b.build,
     "builder_prune": b.prune,
@@ -349,6 +357,8 @@ VERBS: dict[str, Callable[[Call], Answer]] = {
     "volume_inspect": v.volume_inspect,
     "volume_rm": v.volume_rm,
     "volume_prune": v.volume_prune,
+    "diff": changes.diff,
+    "commit": changes.commit,
     "pull": transfer.pull,
     "push": transfer.push,
     "usage": upkeep.usage,

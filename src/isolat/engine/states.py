@@ -22,6 +22,8 @@ class Verb(StrEnum):
     FORK = "fork"
     SNAPSHOT = "snapshot"
     RUN_IN = "run --in"
+    DIFF = "diff"
+    COMMIT = "commit"
 
 
 _ALWAYS = frozenset(State)
@@ -42,6 +44,8 @@ LEGAL: dict[Verb, frozenset[State]] = {
     Verb.FORK: _RUNNING,
     Verb.SNAPSHOT: _RUNNING,
     Verb.RUN_IN: _RUNNING,
+    Verb.DIFF: _RUNNING | _ENDED,
+    Verb.COMMIT: _RUNNING | _ENDED,
 }
 
 _HINTS: dict[Verb, str] = {

@@ -108,7 +108,9 @@ def derive(
         return staged if digest == described.digest else store.blobs.path(digest)
 
     raw = write_manifest(described, layers)
-    return store.add_manifest(raw, find, names, build=build, d=d, config=None if base else config, progress=progress)
+    # Of kind oci nothing is known but what the document says, which has the changes, too
+    own = config if base is None and config is not None and config.kind != "oci" else None
+    return store.add_manifest(raw, find, names, build=build, d=d, config=own, progress=progress)
 
 
 def _of_base(store: ImageStore, base: Image, layers: list[Descriptor]) -> dict[str, Any]:

@@ -111,7 +111,9 @@ def _bound(memory_bytes: int, file_bytes: int, cpu_s: int) -> None:
     for which, value in wanted:
         hard = resource.getrlimit(which)[1]
         least = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(which, (least, least))
+        # Where both are the same the kernel kills without saying why; with a second more it says SIGXCPU first
+        more = which == resource.RLIMIT_CPU and least != hard
+        resource.setrlimit(which, (least, least + more))
 
 
 def _become_nobody() -> None:

@@ -126,7 +126,7 @@ def _by_arguments() -> list[dict[str, Any]]:
 
 
 def _ioctl() -> list[dict[str, Any]]:
-    """All but btrfs's own. One rule for each bit in which a family differs from it: rules have no "not equal, masked"."""
+    """All but btrfs's own. One rule for each bit that another family may differ in: there is no "not equal, masked"."""
     bits = [1 << bit for bit in range(8, 16)]
     return [
         *(_allow("ioctl", _argument(1, "MASKED_EQ", bit, ~(BTRFS << 8) & bit)) for bit in bits),

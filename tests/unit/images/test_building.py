@@ -10,14 +10,17 @@ from typing import Any
 
 import pytest
 
-from isolat.errors import InvalidImage, Unsupported
+from isolat.errors import InvalidImage, StoreError, Unsupported
 from isolat.images.building import bases, interior, output, runtime
+from isolat.images.building.group import Group
 from isolat.images.building.interior import Options
 from isolat.images.building.sandbox import LINE_BYTES, _Lines
 from isolat.images.building.steps import Watch, network_hint
 from isolat.images.image import Image, ImageConfig
 from isolat.images.oci import CONFIG, LAYER_GZIP, Descriptor, Platform, digest_of, dump, write_manifest
 from isolat.images.store import ImageStore
+from isolat.linux.cgroup import Limits
+from isolat.places.base import CgroupFacts, CgroupMode
 
 # buildah's words
 
@@ -196,6 +199,32 @@ def test_a_mount_point_behind_a_link_is_left_to_the_runtime(tmp_path: Path) -> N
     (root / "etc/hosts").symlink_to(outside / "hosts")
     assert runtime.make_stubs(str(root), ["/etc/hosts"]) == []
     assert list(outside.iterdir()) == []
+
+
+# its control group
+
+
+def test_without_a_limit_nothing_is_built(tmp_path: Path) -> None:
+    facts = CgroupFacts(CgroupMode.V2, mounts=(("unified", str(tmp_path)),))
+    limits = Limits(memory_bytes=1 << 20, memory_swap_bytes=1 << 20, pids=10)
+    with pytest.raises(StoreError, match=r"memory\.max: No such file"), Group(facts, "/isolat/x/build-1", limits, ()):
+        raise AssertionError("it was made without a limit")
+    assert not (tmp_path / "isolat/x/build-1").exists()
+
+
+def test_on_v2_those_above_give_their_controllers(tmp_path: Path) -> None:
+    group = tmp_path / "isolat/x/build-1"
+    group.mkdir(parents=True)
+    given = [tmp_path / "cgroup.subtree_control", tmp_path / "isolat/x/cgroup.subtree_control"]
+    for file in (*given, group / "memory.max", group / "pids.max"):
+        file.touch()
+    facts = CgroupFacts(CgroupMode.V2, mounts=(("unified", str(tmp_path)),))
+    with Group(
+        facts, "/isolat/x/build-1", Limits(memory_bytes=1 << 20, memory_swap_bytes=1 << 20, pids=10), ()
+    ) as made:
+        assert made.join == (str(group / "cgroup.procs"),)
+    assert [file.read_text() for file in given] == ["+cpu +memory +pids"] * 2
+    assert ((group / "memory.max").read_text(), (group / "pids.max").read_text()) == (str(1 << 20), "10")
 
 
 # the result

@@ -13,11 +13,14 @@ import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from isolat.errors import StoreError
 from isolat.linux import cgroup
 from isolat.linux.cgroup import Limits
-from isolat.places.base import CgroupFacts
+from isolat.places.base import CgroupFacts, CgroupMode
 
 _JOINED = (*cgroup.PLAIN_V1, "devices")
+_OPTIONAL = ("memory.memsw.limit_in_bytes", "memory.swap.max")  # kernels that do not count swap have none
+_CONTROLLERS = "+cpu +memory +pids"
 _ROUNDS = 200
 _ROUND_S = 0.02
 
@@ -28,14 +31,25 @@ class Group:
     def __init__(self, facts: CgroupFacts, path: str, limits: Limits, devices: Collection[str]) -> None:
         self._facts = facts
         self._path = path
+        self._unified = facts.mode is CgroupMode.V2
         self._writes = (*cgroup.writes(facts, path, limits), *cgroup.device_writes(facts, path, devices))
 
     def __enter__(self) -> Group:
-        for directory in self._directories():
-            directory.mkdir(mode=0o755, parents=True, exist_ok=True)
-        for file, value in self._writes:
-            with contextlib.suppress(FileNotFoundError):  # swap is counted on some kernels only
-                Path(file).write_text(value)
+        try:
+            for directory in self._directories():
+                directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+                if self._unified:
+                    _enable(directory)
+            for file, value in self._writes:
+                _write(file, value)
+        except OSError as error:
+            self.remove()
+            raise StoreError(
+                f"could not make the control group of a build: {error.filename}: {error.strerror}",
+                stage="control group",
+                errno=error.errno or 0,
+                hint="`isolat doctor` shows what this machine allows",
+            ) from error
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -46,7 +60,7 @@ class Group:
         """The files to write "0" to."""
         if not self._facts.mounts:
             return ()
-        if cgroup.UNIFIED in dict(cgroup.hierarchies(self._facts)):
+        if self._unified:
             return cgroup.procs_files(self._facts, self._path)
         return cgroup.tasks_files(self._facts, self._path, _JOINED)
 
@@ -82,5 +96,33 @@ class Group:
                 yield from map(int, (directory / cgroup.PROCS).read_text().split())
 
     def _directories(self) -> list[Path]:
-        only = () if cgroup.UNIFIED in dict(cgroup.hierarchies(self._facts)) else _JOINED
+        only = () if self._unified else _JOINED
         return [Path(path) for path in cgroup.directories(self._facts, self._path, only)]
+
+
+def _write(file: str, value: str) -> None:
+    """Never makes a file. A limit that can't be set is an error: nothing is built without it."""
+    try:
+        descriptor = os.open(file, os.O_WRONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        if Path(file).name in _OPTIONAL:
+            return
+        raise
+    try:
+        os.write(descriptor, value.encode())
+    except OSError as error:
+        error.filename = file
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def _enable(directory: Path) -> None:
+    """On v2 a group has the controllers that those above it give their children (cgroups(7), cgroup.subtree_control).
+
+    A group above that has processes of its own gives none; what is missing then shows when a limit is set.
+    """
+    above = [parent for parent in directory.parents if (parent / "cgroup.subtree_control").exists()]
+    for parent in reversed(above):
+        with contextlib.suppress(OSError):
+            _write(str(parent / "cgroup.subtree_control"), _CONTROLLERS)

@@ -10,11 +10,14 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from collections.abc import Callable, Iterable, Iterator
 
 from isolat.images.flatten.bad import Bad
 from isolat.images.flatten.pax import Segments
 from isolat.images.flatten.tree import Node
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
 
 BITS = 12
 BLOCK = 1 << BITS

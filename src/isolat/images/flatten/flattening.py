@@ -161,7 +161,7 @@ class _Process:
         try:
             text = json.dumps({**job, "tell": write, "parent": os.getpid()})
             self._child = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", _START, ":".join((_SOURCE, *_packages())), text],
+                [sys.executable, "-I", "-S", "-c", _START, ":".join((_SOURCE, *packages())), text],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -225,7 +225,7 @@ def _printable(text: str) -> str:
     return "".join(char if char.isprintable() else "?" for char in text[:_TEXT_MAX])
 
 
-def _packages() -> list[str]:
+def packages() -> list[str]:
     """Where isal and zstandard may be: with ``-S`` the child looks nowhere itself, like the daemon that starts it."""
     found = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"

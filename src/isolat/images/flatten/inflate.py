@@ -13,10 +13,26 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
 
 from isolat.images.flatten.bad import Bad
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # what these import takes as long as all the rest
+    from collections.abc import Callable, Iterator
+    from typing import Any, Protocol
+
+    class _Opens(Protocol):
+        """One member being opened: what comes out is bounded, what stays inside comes out when asked with nothing."""
+
+        @property
+        def eof(self) -> bool: ...
+        @property
+        def unused_data(self) -> bytes: ...
+        @property
+        def hungry(self) -> bool: ...
+
+        def decompress(self, data: bytes, most: int, /) -> bytes: ...
+
 
 STRETCH = 256 << 10
 LENGTH = struct.Struct("<I")
@@ -24,21 +40,6 @@ _READ = 256 << 10
 _WINDOW_MAX = 128 << 20  # what zstd itself takes by default
 _GZIP, _ZSTD, _ZSTD_SKIPPABLE = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\x2a\x4d\x18"
 _OTHERS = ((b"BZh", "bzip2"), (b"\xfd7zXZ\0", "xz"), (b"PK\x03\x04", "zip"), (b"\x04\x22\x4d\x18", "lz4"))
-
-Told = Callable[[int], None]
-
-
-class _Member(Protocol):
-    """One gzip member being opened: what comes out is bounded, what stays inside comes out when asked with nothing."""
-
-    @property
-    def eof(self) -> bool: ...
-    @property
-    def unused_data(self) -> bytes: ...
-    @property
-    def hungry(self) -> bool: ...
-
-    def decompress(self, data: bytes, most: int, /) -> bytes: ...
 
 
 def kind_of(start: bytes) -> str:
@@ -66,17 +67,17 @@ class Openers:
             return pieces
         if kind == "gzip":
             assert self._gzip is not None
-            return _members(self._gzip, pieces)
+            return members(self._gzip, pieces)
         assert self._zstd is not None
         return _frames(self._zstd, pieces)
 
 
-def _gzip() -> Callable[[], _Member]:
+def _gzip() -> Callable[[], _Opens]:
     """igzip is twice as quick as zlib; where it isn't installed zlib does."""
     try:
         from isal import igzip_lib
 
-        return lambda: _Igzip(igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP))
+        return lambda: Member(igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP))
     except ImportError:
         import zlib
 
@@ -92,8 +93,8 @@ def _zstd() -> Callable[[Any], Any]:
     return lambda source: decompressor.stream_reader(source, read_size=_READ, read_across_frames=True)
 
 
-class _Igzip:
-    """It keeps what it has not used; asked with nothing it goes on."""
+class Member:
+    """The manners of igzip, bz2 and lzma: what is not used is kept; asked with nothing it goes on."""
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
@@ -139,8 +140,8 @@ class _Zlib:
         return found
 
 
-def _members(make: Callable[[], _Member], pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """Gzip members one after the other (RFC 1952, 2.2)."""
+def members(make: Callable[[], _Opens], pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """Members one after the other (RFC 1952, 2.2; so do bzip2 and xz)."""
     data, stream = b"", make()
     fresh = True
     while True:
@@ -154,7 +155,7 @@ def _members(make: Callable[[], _Member], pieces: Iterator[bytes]) -> Iterator[b
         try:
             found = stream.decompress(data, STRETCH)
         except Exception as error:
-            raise Bad("bad-compression", f"the gzip data is damaged: {error}") from error
+            raise Bad("bad-compression", f"the compressed data is damaged: {error}") from error
         data = b""
         if found:
             yield found
@@ -199,7 +200,7 @@ def _frames(make: Callable[[Any], Any], pieces: Iterator[bytes]) -> Iterator[byt
 class Blob:
     """One layer as it came: read once, from its start to its end, its sum taken on the way."""
 
-    def __init__(self, descriptor: int, digest: str, told: Told) -> None:
+    def __init__(self, descriptor: int, digest: str, told: Callable[[int], None]) -> None:
         self._descriptor = descriptor
         self._expected = digest.partition(":")[2]
         self._sum = hashlib.sha256()

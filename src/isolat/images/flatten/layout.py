@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 import stat
-from array import array
+import struct
 
 from isolat.images.flatten import ondisk
 from isolat.images.flatten.bad import Bad
@@ -228,12 +228,12 @@ class Layout:
     def _map(self, node: Node) -> bytes:
         chunks = node.chunks
         assert chunks is not None
-        found = array("I", (ondisk.HOLE,)) * chunks.count
+        found = bytearray(ondisk.HOLE * chunks.count)
         step = 1 << chunks.bits
         for first, count, at in chunks.runs:
             start = node.start + at
-            found[first : first + count] = array("I", range(start, start + count * step, step))
-        return found.tobytes()
+            struct.pack_into(f"<{count}I", found, 4 * first, *range(start, start + count * step, step))
+        return bytes(found)
 
     def _fill(self, content: bytearray, node: Node, layout: int, union: int, tail: bytes) -> None:
         count = ondisk.xattr_count(node.xattrs)

@@ -7,13 +7,16 @@ engine makes is refused by name. docs/images.md has them all.
 from __future__ import annotations
 
 import stat
-from collections.abc import Callable
 
 from isolat.images.flatten.bad import Bad
 from isolat.images.flatten.blocks import Blocks
 from isolat.images.flatten.source import Source
 from isolat.images.flatten.tar import BLOCK, CHAR, DIRECTORY, FIFO, FILE, LINK, SYMLINK, Bounds, Entry, Reader
 from isolat.images.flatten.tree import PATH_MAX, Node, Tree, cleaned
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 INLINE_MAX = 3072  # bytes of a file that lies beside its inode: one read less, and no block that is mostly empty
 INLINE_TOTAL = 256 << 20  # what may wait in memory for its inode's place

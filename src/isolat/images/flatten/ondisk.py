@@ -10,7 +10,7 @@ BLOCK = 1 << BITS
 SLOT = 32  # inodes are numbered by 32-byte slots
 COMPACT, EXTENDED = 32, 64
 FLAT_PLAIN, FLAT_INLINE, CHUNK_BASED = 0, 2, 4
-HOLE = 0xFFFFFFFF
+HOLE = b"\xff\xff\xff\xff"  # in a chunk map
 
 SUPER_AT = 1024
 _MAGIC = 0xE0F5E1E2

@@ -6,14 +6,15 @@ nothing is decoded, whatever ``hdrcharset`` says.
 
 from __future__ import annotations
 
-import base64
 import binascii
 import struct
-from collections.abc import Iterable
-from urllib.parse import unquote_to_bytes
 
 from isolat.images.flatten.bad import Bad
 from isolat.images.flatten.numbers import decimal
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 SEGMENTS_MAX = 100_000
 OFFSET_MAX = (1 << 63) - 1
@@ -108,10 +109,12 @@ def xattrs(values: dict[bytes, bytes], most: int) -> bytes:
 
 
 def _libarchive(name: bytes, value: bytes) -> tuple[bytes, bytes]:
+    first, *rest = name.split(b"%")
     try:
-        return unquote_to_bytes(name), base64.b64decode(value + b"=" * (-len(value) % 4), validate=True)
+        decoded = b"".join([first, *(bytes.fromhex(part[:2].decode()) + part[2:] for part in rest)])
+        return decoded, binascii.a2b_base64(value + b"=" * (-len(value) % 4), strict_mode=bool(value))
     except (ValueError, binascii.Error):
-        raise Bad("bad-header", "an extended attribute whose value is not base64") from None
+        raise Bad("bad-header", "an extended attribute whose name or value can't be decoded") from None
 
 
 def _place(name: bytes) -> tuple[int, bytes] | None:

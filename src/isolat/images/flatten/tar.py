@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterator
 
 from isolat.images.flatten.bad import Bad
 from isolat.images.flatten.numbers import decimal, moment, number
 from isolat.images.flatten.pax import OFFSET_MAX, SEGMENTS_MAX, Records, Segments, checked, segments, xattrs
 from isolat.images.flatten.source import Source
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 FILE, LINK, SYMLINK, CHAR, BLOCK, DIRECTORY, FIFO = "file", "link", "symlink", "char", "block", "directory", "fifo"
 ID_MAX = (1 << 32) - 1

@@ -8,14 +8,14 @@ does not exist is followed by its words.
 
 from __future__ import annotations
 
-import re
 import stat
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from isolat.images.flatten.bad import Bad
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from isolat.images.flatten.blocks import Chunks
 
 NAME_MAX = 255  # EROFS_NAME_LEN
@@ -23,7 +23,6 @@ PATH_MAX = 4096  # linux/limits.h
 DEPTH_MAX = 2048
 _LINKS_MAX = 255  # as SecureJoin; the kernel gives up after 40
 _STEPS_MAX = 16_384  # parts of one way, those of links counted
-_UNCLEAN = re.compile(rb"(?:^|/)\.{0,2}(?:/|$)")
 
 
 class Node:
@@ -67,7 +66,8 @@ def cleaned(path: bytes, what: str = "path") -> bytes:
     if path[:2] == b"./":
         path = path[2:]
     path = path.rstrip(b"/")
-    if not _UNCLEAN.search(path):
+    edged = b"/%b/" % path
+    if b"//" not in edged and b"/./" not in edged and b"/../" not in edged:
         return path
     parts: list[bytes] = []
     for part in path.split(b"/"):

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import json
 import os
 import sys
 import time
-from typing import Any
 
 from isolat.images.flatten import inflate
 from isolat.images.flatten.bad import Bad, escaped
@@ -23,6 +21,11 @@ from isolat.images.flatten.merge import Merger
 from isolat.images.flatten.source import Source
 from isolat.images.flatten.tar import Bounds
 from isolat.linux import lockdown
+from isolat.wire import fastjson
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 _TELL_S = 0.1
 _FILE_SIZE_TELLS_TOO_LARGE = 1 << 20  # what the limit on the file's size leaves beyond our own
@@ -35,7 +38,7 @@ class _Teller:
         self._next = 0.0
 
     def tell(self, **values: object) -> None:
-        os.write(self._descriptor, json.dumps(values).encode() + b"\n")
+        os.write(self._descriptor, fastjson.dumps(values).encode() + b"\n")
 
     def progress(self, more: int) -> None:
         self._done += more
@@ -46,7 +49,7 @@ class _Teller:
 
 
 def main() -> None:
-    job = json.loads(sys.argv[2])
+    job = fastjson.loads(sys.argv[2])
     teller = _Teller(int(job["tell"]))
     try:
         {"inflate": _inflate, "merge": _merge}[job["role"]](job, teller)

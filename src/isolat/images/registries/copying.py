@@ -16,11 +16,11 @@ from pathlib import Path
 from isolat.errors import InvalidImage, StoreError
 from isolat.images.blobs import read_blob
 from isolat.images.oci import BLOB_BYTES_MAX, DOCUMENT_BYTES_MAX, Manifest, hexadecimal
-from isolat.images.store import Build
 from isolat.images.registries import skopeo
 from isolat.images.registries.policy import Policy
 from isolat.images.registries.staging import Incoming
 from isolat.images.registries.watch import Watch
+from isolat.images.store import Build
 
 _NOBODY = 65534
 _LOOK_S = 0.05

@@ -35,13 +35,13 @@ from isolat.images.oci import (
     parse_manifest,
 )
 from isolat.images.reference import Reference
-from isolat.images.store import Build, ImageStore
 from isolat.images.registries import copying, policy, skopeo
 from isolat.images.registries.flights import Flight, Flights, Passenger
 from isolat.images.registries.proxy import Proxy
 from isolat.images.registries.skopeo import Access
 from isolat.images.registries.staging import Incoming, Kept
 from isolat.images.registries.watch import Watch
+from isolat.images.store import Build, ImageStore
 
 RESERVE_BYTES = 256 << 20  # of the disk, for others
 _TOLD_S = 0.1

@@ -15,11 +15,11 @@ from isolat.errors import Unsupported
 from isolat.images.image import Image
 from isolat.images.oci import Manifest
 from isolat.images.reference import Reference
-from isolat.images.store import Build, ImageStore
 from isolat.images.registries import skopeo
 from isolat.images.registries.flights import Passenger
 from isolat.images.registries.skopeo import Access
 from isolat.images.registries.watch import Watch
+from isolat.images.store import Build, ImageStore
 
 _TOLD_S = 0.1
 
