@@ -69,6 +69,7 @@ def target(path: str) -> Iterator[int]:
 
 
 def _file(path: str) -> Iterator[int]:
+    path = os.path.realpath(path)  # what a link leads to is replaced, not the link
     making = f"{path}.{secrets.token_hex(4)}.part"
     try:
         descriptor = os.open(making, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -76,7 +77,7 @@ def _file(path: str) -> Iterator[int]:
         raise UsageError(f"{path} can't be written: {error.strerror}") from error
     try:
         yield descriptor
-        os.rename(making, os.path.realpath(path))  # noqa: PTH104
+        os.rename(making, path)  # noqa: PTH104
     except BaseException:
         os.unlink(making)  # noqa: PTH108
         raise
