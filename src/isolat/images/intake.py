@@ -30,13 +30,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prepared:
-    """``file``: the new EROFS file, or None where the store has it. ``blobs``: those to take in, all verified."""
+    """``file``: the new EROFS file, or None where the store has it. ``blobs``: those to take in, all verified.
+
+    ``there``: those that the store had, which may have gone when the image is taken in.
+    """
 
     digest: str
     config: ImageConfig
     manifest: str
     file: Path | None
     blobs: tuple[str, ...]
+    there: tuple[str, ...]
 
 
 def prepare(
@@ -50,13 +54,14 @@ def prepare(
     check_together(manifest, config)
     digest = hexadecimal(manifest.config.digest)
     missing = [one for one in manifest.blobs if not store.blobs.has(one.digest)]
+    there = tuple(one.digest for one in manifest.blobs if one not in missing)
     file = None
     if store.find(digest) is None:
         file = build.path / "image.erofs"
         _flatten(manifest, config, find, file, build, d, progress)
     else:
         _verify(missing, find)
-    return Prepared(digest, defaults(config), manifest.digest, file, tuple(one.digest for one in missing))
+    return Prepared(digest, defaults(config), manifest.digest, file, tuple(one.digest for one in missing), there)
 
 
 def flattened_again(store: ImageStore, manifest: Manifest, file: Path) -> bool:

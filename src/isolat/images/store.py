@@ -37,7 +37,7 @@ from pathlib import Path
 from isolat.deadline import NEVER, Deadline
 from isolat.errors import Conflict, NotFound, StoreError, Unsupported, UsageError
 from isolat.images import intake
-from isolat.images.blobs import Blobs
+from isolat.images.blobs import Blobs, verify_file
 from isolat.images.image import Image, ImageConfig, digest_prefix, image_from_json
 from isolat.images.oci import DOCUMENT_BYTES_MAX, Manifest, parse_manifest
 from isolat.images.progress import Progress, no_progress
@@ -273,6 +273,7 @@ class ImageStore:
         with self._lock():
             for digest in prepared.blobs:
                 self.blobs.take(find(digest), digest)
+            self._keep(prepared, find)
             self.blobs.put(raw)
             if prepared.file is not None:
                 prepared.file.chmod(0o400)
@@ -281,6 +282,18 @@ class ImageStore:
             self._describe(prepared.digest, config or prepared.config, prepared.manifest, repo_digest)
             self._write_names({**self._names(), **dict.fromkeys(map(parse_name, names), prepared.digest)})
         return self._read(prepared.digest, self._names_by_digest())
+
+    def _keep(self, prepared: intake.Prepared, find: Callable[[str], Path]) -> None:
+        """What was here and has been removed meanwhile comes from elsewhere, or the image does not. Raises Conflict."""
+        try:
+            for digest in prepared.there:
+                if not self.blobs.has(digest):
+                    verify_file(find(digest), digest)
+                    self.blobs.take(find(digest), digest)
+            if prepared.file is None:
+                self.file(prepared.digest).stat()
+        except (FileNotFoundError, NotFound) as error:
+            raise Conflict("what this image stands on was removed meanwhile", hint="try again") from error
 
     def _describe(self, digest: str, config: ImageConfig, manifest: str, repo_digest: str) -> None:
         """Write the description; of an image that was here, only what is new: its manifest and where it was seen."""

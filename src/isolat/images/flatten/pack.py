@@ -26,7 +26,7 @@ from isolat.errors import StoreError
 
 BLOCK = 512
 _CHUNK = 1 << 20
-_SPARSE_FROM = 1 << 16  # a smaller file's holes are not worth a map
+_HOLES_FROM = 8 << 20  # smaller holes are written as zeros: Docker 20 loads sparse files, but can't save them again
 _OCTAL_7, _OCTAL_11 = 8**7 - 1, 8**11 - 1
 _OVERLAY = (b"trusted.overlay.", b"user.overlay.")
 _OPAQUE = b"opaque"
@@ -276,7 +276,7 @@ def _names(directory: int) -> list[bytes]:
 
 def _parts(descriptor: int, found: os.stat_result) -> list[tuple[int, int]] | None:
     """Where a file with holes has data, as (start, length); None for one that is to be written whole."""
-    if found.st_size < _SPARSE_FROM or found.st_blocks * 512 >= found.st_size:
+    if found.st_size - found.st_blocks * 512 < _HOLES_FROM:
         return None
     return list(_data_parts(descriptor, found.st_size))
 
