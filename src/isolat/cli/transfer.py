@@ -8,16 +8,15 @@ from typing import Any
 
 from isolat.cli import options as o
 from isolat.cli import progress, tables
-from isolat.client import auths, connect
+from isolat.client import auths, connect, transports
 from isolat.errors import Unsupported
 from isolat.images.reference import parse_reference
 
 
 def pull(parsed: o.Parsed) -> int:
-    name = parsed.words[0].removeprefix("docker://")
-    args = {"image": name, "platform": parsed.text("platform"), **_access(parsed, name)}
-    with connect.call(connect.find_root(parsed.values.get("root")), "pull", args) as request:
-        found = progress.watch(request, quiet=parsed.flag("quiet"))
+    location = transports.parse(parsed.words[0])
+    root = connect.find_root(parsed.values.get("root"))
+    found = _pull(parsed, root, location.where) if location.remote else _load(parsed, root, location)
     if parsed.flag("json"):
         tables.print_json(found)
     else:
@@ -25,17 +24,52 @@ def pull(parsed: o.Parsed) -> int:
     return 0
 
 
+def _pull(parsed: o.Parsed, root: str, name: str) -> dict[str, Any]:
+    args = {"image": name, "platform": parsed.text("platform"), **_access(parsed, name)}
+    with connect.call(root, "pull", args) as request:
+        return progress.watch(request, quiet=parsed.flag("quiet"))
+
+
+def _load(parsed: o.Parsed, root: str, location: transports.Location) -> dict[str, Any]:
+    """One image of an archive or a directory."""
+    args = {"platform": parsed.text("platform"), "only": location.name}
+    with transports.source(location) as descriptor, connect.call(root, "load", args, [descriptor]) as request:
+        found: dict[str, Any] = progress.watch(request, quiet=parsed.flag("quiet"))["images"][0]
+        return found
+
+
 def push(parsed: o.Parsed) -> int:
-    name = parsed.words[0]
-    target = parsed.words[1] if len(parsed.words) > 1 else ""
-    target = target.removeprefix("docker://")
-    args = {"image": name, "target": target, **_access(parsed, target or name)}
-    with connect.call(connect.find_root(parsed.values.get("root")), "push", args) as request:
+    image = parsed.words[0]
+    location = transports.parse(parsed.words[1]) if len(parsed.words) > 1 else transports.registry(image)
+    root = connect.find_root(parsed.values.get("root"))
+    if not location.remote:
+        return _save(parsed, root, image, location)
+    args = {"image": image, "target": location.where, **_access(parsed, location.where)}
+    with connect.call(root, "push", args) as request:
         found = progress.watch(request, quiet=parsed.flag("quiet"))
     if parsed.flag("json"):
         tables.print_json(found)
     else:
         tables.print_lines([f"{found['name']} {found['digest']}"])
+    return 0
+
+
+def _save(parsed: o.Parsed, root: str, image: str, location: transports.Location) -> int:
+    """Into an archive or a directory. The digest is that of the manifest, as with a registry."""
+    if location.transport in transports.ARCHIVES and location.name:
+        raise o.usage_error(
+            f"{location.transport}: an image goes into an archive under its own name",
+            f"isolat tag {image} {location.name}, then push that",
+        )
+    format = location.transport if location.transport in transports.ARCHIVES else "oci-archive"
+    args = {"images": [image], "format": format}
+    found = connect.ask(root, "image_inspect", {"images": [image]})["images"][0]
+    with transports.target(location) as descriptor, connect.call(root, "save", args, [descriptor]) as request:
+        progress.watch(request, quiet=parsed.flag("quiet"))
+    if parsed.flag("json"):
+        tables.print_json({"name": f"{location.transport}:{location.where}", "digest": found["manifest"]})
+    else:
+        tables.print_lines([f"{location.transport}:{location.where} {found['manifest']}"])
     return 0
 
 

@@ -43,6 +43,7 @@ def load(call: Call) -> Answer:
         _descriptor(call),
         told,
         platform=platform(call.args),
+        only=call.args.text("only", None),
         gone=call.gone,
         progress=_progress(call),
     )

@@ -50,8 +50,9 @@ def usage(engine: Engine) -> list[Usage]:
 def _images(engine: Engine) -> Usage:
     images, used = engine.images.list(), engine.in_use()
     free = sum(engine.images.bytes_of(image) for image in images if image.digest not in used)
-    size = engine.images.used_bytes
-    return Usage("images", len(images), sum(image.digest in used for image in images), size, min(free, size))
+    size, kept = engine.images.used_bytes, engine.puller.kept.used_bytes
+    active = sum(image.digest in used for image in images)
+    return Usage("images", len(images), active, size + kept, min(free, size) + kept)
 
 
 def _environments(engine: Engine) -> Usage:
@@ -136,6 +137,9 @@ def prune_images(engine: Engine, named: bool, told: Told) -> None:
         except (NotFound, Conflict):
             continue
         told("image", image.names[0] if image.names else image.digest[:12], max(0, before - engine.images.used_bytes))
+    freed = engine.puller.kept.sweep(0)
+    if freed:
+        told("blobs of unfinished pulls", "", freed)
 
 
 def prune_templates(engine: Engine, told: Told) -> None:

@@ -39,6 +39,7 @@ from isolat.images.oci import (
 from isolat.images.opening import invalid, never, opened
 from isolat.images.progress import Progress, no_progress
 from isolat.images.reference import parse_name
+from isolat.images.registries import policy
 from isolat.images.spool import WHAT, Member, Spool
 
 if TYPE_CHECKING:
@@ -66,25 +67,48 @@ def load(
     told: Told,
     *,
     platform: Platform | None = None,
+    only: str | None = None,
     gone: Callable[[], bool] = never,
     progress: Progress = no_progress,
 ) -> list[Image]:
     """Take in every image of an archive, which is read once, so it may be a pipe. ``told`` hears of each.
 
+    ``only``: the one of this name, or when empty the only one there is.
+
     Raises InvalidImage; ``stage`` is bad-archive, truncated, too-large, too-many-entries, bad-compression, crashed,
-    bad-manifest, bad-config, bad-name, missing-layer, digest-mismatch, or what ``flatten`` says of a layer. NotFound
-    where it has nothing for the platform, StoreError where this machine is at fault.
+    bad-manifest, bad-config, bad-name, missing-layer, digest-mismatch, policy, or what ``flatten`` says of a layer.
+    NotFound where it has nothing for the platform, StoreError where this machine is at fault.
     """
     with store.build() as build:
         spool = Spool(build.path)
         with opened(descriptor, WHAT, gone) as more:
             spool.take(more, progress)
+        policy.find(store.root).check_archive("docker-archive" if "manifest.json" in spool else "oci-archive")
         loaded = []
-        for found in images(spool, platform or own_platform()):
+        there = images(spool, platform or own_platform())
+        for found in there if only is None else [_chosen(there, only)]:
             image = _take_in(store, spool, found, build, progress)
             loaded.append(image)
             told(image, found.names)
         return loaded
+
+
+def _chosen(there: Sequence[Found], only: str) -> Found:
+    """The image of that name, as skopeo chooses one; ``@N`` is the one at that place. Raises NotFound, UsageError."""
+    if not only and len(there) == 1:
+        return there[0]
+    place = only.removeprefix("@")
+    if place != only and place.isdecimal() and int(place) < len(there):
+        return there[int(place)]
+    names = [name for one in there for name in one.names]
+    hint = f"it has: {', '.join(names) or f'@0 to @{len(there) - 1}'}"
+    if not only:
+        raise UsageError(f"{WHAT} has {len(there)} images", hint=f"choose one with :NAME, or load all; {hint}")
+    with contextlib.suppress(UsageError):
+        for one in there:
+            if parse_name(only) in one.names:
+                return one
+    raise NotFound(f"{WHAT} has no image {only!r}", hint=hint)
 
 
 def _take_in(store: ImageStore, spool: Spool, found: Found, build: Build, progress: Progress) -> Image:

@@ -65,6 +65,7 @@ def copy(
 
 
 def _private(path: Path) -> Path:
+    skopeo.check_reachable(path)
     path.mkdir(mode=0o700)
     os.chown(path, _NOBODY, _NOBODY)
     return path

@@ -35,6 +35,7 @@ def push(store: ImageStore, image: Image, target: Reference, access: Access, pas
     with ExitStack() as stack:
         build = stack.enter_context(store.build())
         layout = _layout(build, manifest)
+        skopeo.check_reachable(layout)
         auths = stack.enter_context(skopeo.auth_file(access.auths))
         words = [
             *("--insecure-policy", "copy", "--preserve-digests", "--authfile", skopeo.fd_path(auths)),

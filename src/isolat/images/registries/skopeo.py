@@ -16,6 +16,7 @@ import re
 import selectors
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -75,6 +76,16 @@ def check_there() -> None:
     if shutil.which(PROGRAM, path=child.SAFE_PATH) is None:
         raise Unsupported(
             "could not find skopeo, which is required to speak with registries", hint="apt-get install skopeo"
+        )
+
+
+def check_reachable(path: Path) -> None:
+    """Raises Unsupported where nobody, as whom skopeo runs, can't get to a file that it is to read or write."""
+    closed = next((one for one in path.parents if not one.stat().st_mode & stat.S_IXOTH), None)
+    if closed is not None:
+        raise Unsupported(
+            f"skopeo runs as nobody, who can't enter {closed}",
+            hint=f"chmod o+x {closed}, or use a state root elsewhere",
         )
 
 
