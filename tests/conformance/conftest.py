@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 
-from tests.conformance.subject import CRASHED, SLOW, STACKS, Launcher, Subject
+from tests.conformance.subject import FEW, QUICK, SLOW, STACKS, Launcher, Subject
 from tests.support import images
 from tests.support.fixtures import fresh_root, root, session_root
 from tests.support.roots import Root
@@ -22,7 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "subject" in metafunc.fixturenames:
-        quick: tuple[str, ...] = CRASHED if metafunc.module.__name__.endswith("test_crash") else STACKS
+        quick = FEW.get(metafunc.module.__name__.rpartition(".")[2], QUICK)
         slow = [pytest.param(name, marks=pytest.mark.soak) for name in (*STACKS, *SLOW) if name not in quick]
         chosen = metafunc.config.getoption("--layer", default=None) or [*quick, *slow]
         metafunc.parametrize("subject", chosen, indirect=True, ids=lambda name: name.replace("/", "+"))

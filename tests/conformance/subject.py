@@ -15,7 +15,12 @@ from tests.support.wires import Stream
 
 STACKS = ("fake", "host", "container", "fake/fake", "container/fake", "microvm", "microvm/container")
 SLOW = ("vm",)  # a boot for each test: run by `make soak`
-CRASHED = ("fake", "container", "microvm")  # one of each kind; the others are killed by `make soak`
+QUICK = ("fake", "host", "container", "container/fake", "microvm", "microvm/container")  # the others: `make soak`
+FEW = {  # of these tests there are many, or they are long
+    "test_crash": ("fake", "container"),
+    "test_exec": ("fake", "host", "container", "container/fake", "microvm"),
+    "test_declared": ("fake", "host", "container", "container/fake", "microvm"),
+}
 _STRENGTH = (Boundary.NONE, Boundary.NAMESPACES, Boundary.KERNEL)
 
 

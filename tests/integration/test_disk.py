@@ -154,6 +154,7 @@ def own(base: Path, tmp_path: Path) -> Iterator[Path]:
     path.unlink()
 
 
+@pytest.mark.soak
 def test_a_pc_boots_to_its_login_prompt_runs_shows_and_is_switched_off(own: Path, tmp_path: Path) -> None:
     running, agent = _boot(own)
     with running:

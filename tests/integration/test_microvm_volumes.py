@@ -136,6 +136,7 @@ def test_set_user_id_is_powerless_in_a_volume(root: Root, directory: Path) -> No
     assert _run(root, f"{directory}:/v", "/v/id -u", "-u", "1234") == "1234\n"
 
 
+@pytest.mark.soak
 def test_a_big_file_and_many_small_ones(root: Root, directory: Path) -> None:
     (directory / "big").write_bytes(os.urandom(1 << 20) * 64)
     (directory / "many").mkdir()
@@ -205,6 +206,7 @@ def test_it_ends_while_no_daemon_lives(fresh_root: Root, directory: Path) -> Non
     _cli(root, "rm", id)
 
 
+@pytest.mark.soak
 def test_a_daemon_killed_while_it_carries_back_leaves_that_to_the_next(fresh_root: Root, directory: Path) -> None:
     root = fresh_root
     n = 0
@@ -261,6 +263,7 @@ def test_what_stands_in_the_way_is_said_and_the_rest_comes_back(root: Root, dire
     assert "not everything in its volumes could be carried back: 0/d:" in root.ask("inspect", {"env": id})["reason"]
 
 
+@pytest.mark.soak
 def test_with_a_full_file_system_nothing_is_forgotten(root: Root, directory: Path) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "volume", str(directory)], check=True)
     try:

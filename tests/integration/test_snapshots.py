@@ -242,6 +242,7 @@ def test_what_can_not_be_forked_is_refused_with_its_reason(root: Root, counter: 
 # snapshots
 
 
+@pytest.mark.soak
 def test_a_snapshot_outlives_everything_that_it_is_of(root: Root, counter: str) -> None:
     inside(root, counter, "echo tmpfs >/mem/note; echo disk >/root/note")
     root.ok("snapshot", counter, "one")
@@ -395,6 +396,7 @@ def test_a_daemon_killed_while_it_forks_leaves_the_parent_and_whole_children(fre
     counts_on(root, env)
 
 
+@pytest.mark.soak
 def test_a_daemon_killed_while_it_takes_a_snapshot_leaves_it_whole_or_nothing(fresh_root: Root) -> None:
     root = fresh_root
     env = _parent(root)

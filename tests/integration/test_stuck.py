@@ -51,6 +51,7 @@ def test_an_environment_whose_handle_cannot_be_read_goes_on(fresh_root: Root) ->
     fresh_root.ok("rm", "-f", id, other)
 
 
+@pytest.mark.soak
 def test_a_keeper_that_does_not_answer_for_a_while_is_not_taken_for_dead(fresh_root: Root) -> None:
     id = fresh_root.ok("run", "-d", "debian", "sleep", "600").strip()
     keeper = int((fresh_root.path / "envs" / id / "keeper.pid").read_text())
