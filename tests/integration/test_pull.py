@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import http.server
 import json
 import os
 import shutil
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 
 from isolat.images.flatten.pack import pack
+from isolat.images.oci import digest_of
 from isolat.images.store import ImageStore
 from isolat.linux import mounts
 from tests.support import registry
+from tests.support.hostile import (
+    CONFIG,
+    INDEX,
+    LAYER,
+    MANIFEST,
+    Handler,
+    archive,
+    documents,
+    endless,
+    make_layout,
+    put_manifest,
+    serving,
+    stall,
+)
 from tests.support.roots import Root
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
 
-LAYER = "application/vnd.oci.image.layer.v1.tar"
-MANIFEST = "application/vnd.oci.image.manifest.v1+json"
-INDEX = "application/vnd.oci.image.index.v1+json"
 SECRET = "$2y$05$a/OnCCyZk7DhReHmvzekjOEtWkh26r0ISE1LYOpIVacwY.v2/rdxu"  # bcrypt of `secret`
-CONFIG = "application/vnd.oci.image.config.v1+json"
 
 
 @pytest.fixture(scope="module")
@@ -95,10 +102,15 @@ def test_others_read_what_was_pushed(root: Root, address: str, tmp_path: Path) -
 def test_what_others_pushed_is_read(root: Root, address: str, tmp_path: Path) -> None:
     """skopeo as a writer, of Docker's own manifest type."""
     name = f"{address}/docker"
-    layout = _layout(tmp_path / "layout", [_archive({"hello": b"from elsewhere"})])
+    layout = make_layout(tmp_path / "layout", [archive({"hello": b"from elsewhere"})])
     command = ["skopeo", "copy", "--format", "v2s2", "--dest-tls-verify=false", f"oci:{layout}", f"docker://{name}"]
     subprocess.run([*command[:2], "--insecure-policy", *command[2:]], capture_output=True, check=True)
     digest = root.ok("pull", "--quiet", name)
+    raw = subprocess.run(
+        ["skopeo", "inspect", "--raw", "--tls-verify=false", f"docker://{name}"], capture_output=True, check=True
+    ).stdout
+    assert json.loads(raw)["config"]["digest"] == f"sha256:{digest}"  # Docker's own id of it, not one of ours
+    assert _image(root, f"{name}:latest")["manifest"] == digest_of(raw)
     at = tmp_path / "at"
     at.mkdir()
     mounts.mount_erofs(str(ImageStore(root.path).file(digest)), str(at))
@@ -111,7 +123,9 @@ def test_what_others_pushed_is_read(root: Root, address: str, tmp_path: Path) ->
 
 def test_of_an_index_the_platforms_own_is_taken(root: Root, address: str, tmp_path: Path) -> None:
     name = f"{address}/several"
-    layouts = {arch: _layout(tmp_path / arch, [_archive({"arch": arch.encode()})], arch) for arch in ("amd64", "s390x")}
+    layouts = {
+        arch: make_layout(tmp_path / arch, [archive({"arch": arch.encode()})], arch) for arch in ("amd64", "s390x")
+    }
     entries = []
     for arch, layout in layouts.items():
         subprocess.run(
@@ -121,7 +135,7 @@ def test_of_an_index_the_platforms_own_is_taken(root: Root, address: str, tmp_pa
         (found,) = json.loads((layout / "index.json").read_text())["manifests"]
         entries.append(found | {"platform": {"os": "linux", "architecture": arch}})
     index = json.dumps({"schemaVersion": 2, "mediaType": INDEX, "manifests": entries}).encode()
-    _put(address, "several", "latest", INDEX, index)
+    put_manifest(address, "several", "latest", INDEX, index)
     native = {"x86_64": "amd64"}.get(os.uname().machine)
     if native:
         root.ok("pull", name)
@@ -169,7 +183,7 @@ def test_credentials_are_the_callers(root: Root, tmp_path: Path) -> None:
 def test_a_policy_is_honoured(fresh_root: Root, address: str, tmp_path: Path) -> None:
     """Simple signing: only what this key has signed is accepted, and nothing else."""
     root, signed, unsigned = fresh_root, f"{address}/signed", f"{address}/unsigned"
-    layout = _layout(tmp_path / "layout", [_archive({"a": b"b"})])
+    layout = make_layout(tmp_path / "layout", [archive({"a": b"b"})])
     home, lookaside = tmp_path / "gnupg", tmp_path / "lookaside"
     home.mkdir(mode=0o700)
     lookaside.mkdir()
@@ -214,96 +228,29 @@ def test_a_policy_is_honoured(fresh_root: Root, address: str, tmp_path: Path) ->
 # A registry that is not what it should be
 
 
-class _Hostile(http.server.BaseHTTPRequestHandler):
-    answers: ClassVar[dict[str, Callable[[_Hostile], None]]] = {}
-
-    def do_GET(self) -> None:
-        for part, answer in self.answers.items():
-            if part in self.path:
-                answer(self)
-                return
-        self.send(b"{}", "application/json")
-
-    do_HEAD = do_GET
-
-    def send(self, data: bytes, kind: str = "application/octet-stream", size: int | None = None) -> None:
-        self.send_response(200)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(data) if size is None else size))
-        self.end_headers()
-        with contextlib.suppress(OSError):
-            self.wfile.write(data)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@contextlib.contextmanager
-def _hostile(answers: dict[str, Callable[[_Hostile], None]]) -> Iterator[str]:
-    handler = type("Handler", (_Hostile,), {"answers": answers})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
-def _document(layer: bytes, **changes: Any) -> tuple[bytes, bytes]:
-    config = json.dumps(
-        {"os": "linux", "architecture": "amd64", "rootfs": {"type": "layers", "diff_ids": [_digest(layer)]}}
-    ).encode()
-    manifest = {
-        "schemaVersion": 2,
-        "mediaType": MANIFEST,
-        "config": {"mediaType": CONFIG, "digest": _digest(config), "size": len(config)},
-        "layers": [{"mediaType": LAYER, "digest": _digest(layer), "size": len(layer)} | changes],
-    }
-    return json.dumps(manifest).encode(), config
-
-
-def _stall(handler: _Hostile) -> None:
-    handler.send_response(200)
-    handler.send_header("Content-Length", "1000000")
-    handler.end_headers()
-    time.sleep(30)
-
-
-def _endless(handler: _Hostile) -> None:
-    handler.send_response(200)
-    handler.end_headers()
-    with contextlib.suppress(OSError):
-        while True:
-            handler.wfile.write(bytes(1 << 20))
-
-
 @pytest.mark.parametrize(
     "what", ["other bytes", "too few", "endless", "stalls", "no tar", "negative", "huge", "no JSON"]
 )
 def test_a_hostile_registry_gets_a_named_error_and_touches_nothing(fresh_root: Root, what: str) -> None:
     root = fresh_root
-    layer = b"this is no archive" * 100 if what == "no tar" else _archive({"a": b"b" * 5000})
+    layer = b"this is no archive" * 100 if what == "no tar" else archive({"a": b"b" * 5000})
     changes = {"negative": {"size": -1}, "huge": {"size": 1 << 50}}.get(what, {})
-    manifest, config = _document(layer, **changes)
-    blob: dict[str, Callable[[_Hostile], None]] = {
+    manifest, config = documents(layer, **changes)
+    blob: dict[str, Callable[[Handler], None]] = {
         "other bytes": lambda h: h.send(bytes(len(layer))),
         "too few": lambda h: h.send(layer[:-100]),
-        "endless": _endless,
-        "stalls": _stall,
+        "endless": endless,
+        "stalls": stall,
     }
-    answers: dict[str, Callable[[_Hostile], None]] = {
+    answers: dict[str, Callable[[Handler], None]] = {
         "/manifests/": lambda h: h.send(b"[" if what == "no JSON" else manifest, MANIFEST),
-        _digest(config): lambda h: h.send(config),
-        _digest(layer): blob.get(what, lambda h: h.send(layer)),
+        digest_of(config): lambda h: h.send(config),
+        digest_of(layer): blob.get(what, lambda h: h.send(layer)),
     }
     root.kill_daemon()
     root.start_daemon(ISOLAT_STALL_S="3")
     before = _bytes(root.path / "images")
-    with _hostile(answers) as address:
+    with serving(answers) as address:
         done = root.cli("pull", f"{address}/bad")
     assert done.returncode == 125
     assert b"Traceback" not in done.stderr and b"defect" not in done.stderr, done.stderr
@@ -318,19 +265,19 @@ def test_a_hostile_registry_gets_a_named_error_and_touches_nothing(fresh_root: R
 def test_a_killed_pull_goes_on(fresh_root: Root) -> None:
     """What came whole is not asked for again."""
     root = fresh_root
-    first, second = _archive({"one": os.urandom(300_000)}), _archive({"two": os.urandom(300_000)})
-    rootfs = {"type": "layers", "diff_ids": [_digest(first), _digest(second)]}
+    first, second = archive({"one": os.urandom(300_000)}), archive({"two": os.urandom(300_000)})
+    rootfs = {"type": "layers", "diff_ids": [digest_of(first), digest_of(second)]}
     config = json.dumps({"os": "linux", "architecture": "amd64", "rootfs": rootfs}).encode()
-    layers = [{"mediaType": LAYER, "digest": _digest(one), "size": len(one)} for one in (first, second)]
-    described = {"mediaType": CONFIG, "digest": _digest(config), "size": len(config)}
+    layers = [{"mediaType": LAYER, "digest": digest_of(one), "size": len(one)} for one in (first, second)]
+    described = {"mediaType": CONFIG, "digest": digest_of(config), "size": len(config)}
     manifest = json.dumps({"schemaVersion": 2, "mediaType": MANIFEST, "config": described, "layers": layers}).encode()
     asked: list[str] = []
 
-    def counted(name: str, data: bytes) -> Callable[[_Hostile], None]:
-        def answer(handler: _Hostile) -> None:
+    def counted(name: str, data: bytes) -> Callable[[Handler], None]:
+        def answer(handler: Handler) -> None:
             asked.append(name)
             if name == "second" and asked.count("second") == 1:
-                _stall(handler)
+                stall(handler)
             else:
                 handler.send(data)
 
@@ -338,14 +285,14 @@ def test_a_killed_pull_goes_on(fresh_root: Root) -> None:
 
     answers = {
         "/manifests/": lambda h: h.send(manifest, MANIFEST),
-        _digest(config): lambda h: h.send(config),
-        _digest(first): counted("first", first),
-        _digest(second): counted("second", second),
+        digest_of(config): lambda h: h.send(config),
+        digest_of(first): counted("first", first),
+        digest_of(second): counted("second", second),
     }
-    with _hostile(answers) as address:
+    with serving(answers) as address:
         pid = root.ensure_daemon()
         pulling = root.popen("pull", f"{address}/two", stderr=subprocess.DEVNULL)
-        incoming = root.path / "images/incoming/blobs/sha256" / _digest(first).removeprefix("sha256:")
+        incoming = root.path / "images/incoming/blobs/sha256" / digest_of(first).removeprefix("sha256:")
         end = time.monotonic() + 30
         while not incoming.exists() or "second" not in asked:
             assert time.monotonic() < end
@@ -361,52 +308,3 @@ def test_a_killed_pull_goes_on(fresh_root: Root) -> None:
 
 def _bytes(top: Path) -> int:
     return sum(path.lstat().st_blocks * 512 for path in top.rglob("*"))
-
-
-def _digest(data: bytes) -> str:
-    return f"sha256:{hashlib.sha256(data).hexdigest()}"
-
-
-def _archive(files: dict[str, bytes]) -> bytes:
-    import io
-    import tarfile
-
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as tar:
-        for name, data in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return out.getvalue()
-
-
-def _layout(at: Path, layers: list[bytes], architecture: str = "amd64") -> Path:
-    """An OCI image layout (image-spec, image-layout.md) with one image."""
-    blobs = at / "blobs" / "sha256"
-    blobs.mkdir(parents=True)
-
-    def put(data: bytes, kind: str) -> dict[str, Any]:
-        digest = _digest(data)
-        (blobs / digest.removeprefix("sha256:")).write_bytes(data)
-        return {"mediaType": kind, "digest": digest, "size": len(data)}
-
-    diff_ids = [_digest(layer) for layer in layers]
-    config = {"os": "linux", "architecture": architecture, "rootfs": {"type": "layers", "diff_ids": diff_ids}}
-    manifest = {
-        "schemaVersion": 2,
-        "mediaType": MANIFEST,
-        "config": put(json.dumps(config).encode(), CONFIG),
-        "layers": [put(layer, LAYER) for layer in layers],
-    }
-    entry = put(json.dumps(manifest).encode(), MANIFEST)
-    (at / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [entry]}))
-    (at / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
-    return at
-
-
-def _put(address: str, repository: str, tag: str, kind: str, data: bytes) -> None:
-    import urllib.request
-
-    url = f"http://{address}/v2/{repository}/manifests/{tag}"
-    request = urllib.request.Request(url, data=data, method="PUT", headers={"Content-Type": kind})
-    urllib.request.urlopen(request, timeout=10).close()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Unpack, overload
 
-from isolat.client import archives, connect, logs, streams
+from isolat.client import archives, connect, logs, registries, streams
 from isolat.client import build as sources
 from isolat.client.build import BuildOptions
 from isolat.client.service import Options, service
@@ -286,6 +286,32 @@ class Client:
     def rmi(self, image: str) -> None:
         self._ask("rmi", {"image": image})
 
+    def pull(
+        self,
+        image: str,
+        *,
+        platform: str = "",
+        tls_verify: bool | None = None,
+        on_progress: registries.OnProgress | None = None,
+    ) -> dict[str, Any]:
+        """Fetch an image from a registry, with the credentials that `isolat login` has kept; or from another place:
+        ``oci:DIR[:TAG]``, ``dir:DIR``, ``oci-archive:FILE[:NAME]``, ``docker-archive:FILE[:NAME]``.
+
+        Raises NotFound, Refused, InvalidImage, StoreError.
+        """
+        return registries.pull(self._call, _watching(on_progress), image, platform, tls_verify)
+
+    def push(
+        self,
+        image: str,
+        target: str = "",
+        *,
+        tls_verify: bool | None = None,
+        on_progress: registries.OnProgress | None = None,
+    ) -> dict[str, Any]:
+        """Send an image to a registry, or to another place as ``pull`` names them. ``digest``: its manifest's."""
+        return registries.push(self._call, _watching(on_progress), image, target, tls_verify)
+
     def tag(self, image: str, *names: str) -> None:
         """Give an image further names."""
         self._ask("tag", {"image": image, "names": list(names)})
@@ -417,6 +443,18 @@ def run(
 ) -> Result:
     """Run a command in a new environment of the default root to its end, and remove that."""
     return Client().run(image, command, input=input, **options)
+
+
+def _watching(on_progress: registries.OnProgress | None) -> registries.Watch:
+    def watch(request: connect.Call) -> Any:
+        while True:
+            kind, content, _ = request.next()
+            if kind == "ok":
+                return content
+            if kind == "progress" and on_progress is not None:
+                on_progress(str(content["text"]), int(content["done"]), int(content["total"]))
+
+    return watch
 
 
 def _exit(found: Mapping[str, Any]) -> Exit:

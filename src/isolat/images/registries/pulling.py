@@ -149,8 +149,7 @@ class _Pull:
             found = _open(proxy, reference)
             raw = self._answer(running, reference.digest)
             chosen = self._choose(raw)
-            image, document = self._opened(proxy, found, chosen)
-            manifest = self._manifest(raw, chosen, document, auths)
+            image, manifest = self._opened(proxy, found, raw, chosen, auths)
             missing = incoming.missing(manifest.blobs)
             self._begin(missing)
             proxy.fetch(image, missing, incoming.create, incoming.whole, self._more)
@@ -161,22 +160,21 @@ class _Pull:
         found = parse_manifest(raw)
         return choose(found, self._wanted.platform).digest if isinstance(found, Index) else found.digest
 
-    def _opened(self, proxy: Proxy, found: _Opened | IsolatError, chosen: str) -> tuple[int, bytes]:
-        """The proxy's number of the chosen image, and its manifest; where skopeo chose otherwise, opened again."""
-        if isinstance(found, _Opened) and found.digest == chosen:
-            return found.image, found.manifest
-        again = _open(proxy, self._wanted.reference.with_digest(chosen))
-        if isinstance(again, IsolatError):
-            raise again
-        return again.image, again.manifest
+    def _opened(
+        self, proxy: Proxy, found: _Opened | IsolatError, top: bytes, chosen: str, auths: int
+    ) -> tuple[int, Manifest]:
+        """The proxy's number of the chosen image, and its manifest as it is in the registry.
 
-    def _manifest(self, top: bytes, chosen: str, document: bytes, auths: int) -> Manifest:
-        """As it is in the registry; the proxy has Docker's only converted."""
+        Where skopeo chose otherwise the image is opened again. Docker's manifests the proxy has only converted.
+        """
+        if isinstance(found, IsolatError) or found.digest != chosen:
+            found = _open(proxy, self._wanted.reference.with_digest(chosen))
+        document = b"" if isinstance(found, IsolatError) else found.manifest
         raw = next((one for one in (top, document) if digest_of(one) == chosen), None)
-        found = parse_manifest(self._document(chosen, auths) if raw is None else raw)
-        if not isinstance(found, Manifest):
-            raise InvalidImage("an index that names an index is read nowhere", stage="bad-manifest")
-        return found
+        manifest = _one(self._document(chosen, auths) if raw is None else raw)
+        if isinstance(found, IsolatError):
+            raise found
+        return found.image, manifest
 
     # Under a policy
 
@@ -186,10 +184,7 @@ class _Pull:
         with self._ask(reference, auths) as running:
             raw = self._answer(running, reference.digest)
         chosen = self._choose(raw)
-        expected = raw if digest_of(raw) == chosen else self._document(chosen, auths)
-        manifest = parse_manifest(expected)
-        if not isinstance(manifest, Manifest):
-            raise InvalidImage("an index that names an index is read nowhere", stage="bad-manifest")
+        manifest = _one(raw if digest_of(raw) == chosen else self._document(chosen, auths))
         self._begin(manifest.blobs)
         copying.copy(
             f"docker://{reference.remote}",
@@ -254,6 +249,14 @@ class _Pull:
             raise
         self._kept.forget(digests)
         return image
+
+
+def _one(raw: bytes) -> Manifest:
+    """The manifest of one image. Raises InvalidImage."""
+    found = parse_manifest(raw)
+    if not isinstance(found, Manifest):
+        raise InvalidImage("an index that names an index is read nowhere", stage="bad-manifest")
+    return found
 
 
 @dataclass(frozen=True)

@@ -222,6 +222,7 @@ _MEANINGS: tuple[tuple[re.Pattern[str], type[IsolatError], str, str], ...] = tup
         (r"expected \d+ bytes in blob|unexpected EOF", InvalidImage, "truncated", "try again"),
         (r"unauthorized|authentication required|access to the resource is denied|denied:|status 40[13]", Refused,
          "credentials", "isolat login REGISTRY; or the name is wrong: many registries don't tell one from the other"),
+        (r"no image found in", NotFound, "no-platform", "choose another with --platform"),
         (r"manifest unknown|name unknown|blob unknown|not found|status 404|StatusCode: 404", NotFound, "not-found", ""),
         (r"server gave HTTP response to HTTPS|certificate|tls:", StoreError, "tls",
          "--tls-verify=false takes plain HTTP and any certificate"),
