@@ -39,6 +39,7 @@ from isolat.images.oci import (
 from isolat.images.opening import invalid, never, opened
 from isolat.images.progress import Progress, no_progress
 from isolat.images.reference import parse_name
+from isolat.images.registries import policy
 from isolat.images.spool import WHAT, Member, Spool
 
 if TYPE_CHECKING:
@@ -50,6 +51,9 @@ IMAGES_MAX = 1000
 _TYPES = {"tar": LAYER, "gzip": f"{LAYER}+gzip", "zstd": f"{LAYER}+zstd"}
 
 Told = Callable[[Image, Sequence[str]], None]  # an image is there, under the names that it has in the archive
+
+
+_DOCKER = "manifest.json"  # what only an archive of that kind has
 
 
 @dataclass(frozen=True)
@@ -71,14 +75,15 @@ def load(
 ) -> list[Image]:
     """Take in every image of an archive, which is read once, so it may be a pipe. ``told`` hears of each.
 
-    Raises InvalidImage; ``stage`` is bad-archive, truncated, too-large, too-many-entries, bad-compression, crashed,
-    bad-manifest, bad-config, bad-name, missing-layer, digest-mismatch, or what ``flatten`` says of a layer. NotFound
+    Raises InvalidImage; ``stage`` is policy, bad-archive, truncated, too-large, too-many-entries, bad-compression,
+    crashed, bad-manifest, bad-config, bad-name, missing-layer, digest-mismatch, or what ``flatten`` says of a layer. NotFound
     where it has nothing for the platform, StoreError where this machine is at fault.
     """
     with store.build() as build:
         spool = Spool(build.path)
         with opened(descriptor, WHAT, gone) as more:
             spool.take(more, progress)
+        policy.find(store.root).check_archive("docker-archive" if _DOCKER in spool else "oci-archive")
         loaded = []
         for found in images(spool, platform or own_platform()):
             image = _take_in(store, spool, found, build, progress)
@@ -112,7 +117,7 @@ def _known(store: ImageStore, manifest: Manifest) -> bytes | None:
 
 def images(spool: Spool, platform: Platform) -> list[Found]:
     """What is in an archive, complete: every blob of each is there. Raises InvalidImage, NotFound."""
-    if "manifest.json" in spool:
+    if _DOCKER in spool:
         found = _docker(spool, platform)
     elif "index.json" in spool:
         found = _oci(spool, platform)
