@@ -76,8 +76,8 @@ def load(
     """Take in every image of an archive, which is read once, so it may be a pipe. ``told`` hears of each.
 
     Raises InvalidImage; ``stage`` is policy, bad-archive, truncated, too-large, too-many-entries, bad-compression,
-    crashed, bad-manifest, bad-config, bad-name, missing-layer, digest-mismatch, or what ``flatten`` says of a layer. NotFound
-    where it has nothing for the platform, StoreError where this machine is at fault.
+    crashed, bad-manifest, bad-config, bad-name, missing-layer, digest-mismatch, or what ``flatten`` says of a layer.
+    NotFound where it has nothing for the platform, StoreError where this machine is at fault.
     """
     with store.build() as build:
         spool = Spool(build.path)
