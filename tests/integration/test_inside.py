@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+import isolat
 from isolat.errors import CommandNotFound, Conflict, IllegalState, IsolatError, NotFound, Refused, Unsupported
 from tests.support import traces
 from tests.support.images import IMAGE, add_small
@@ -24,6 +27,7 @@ from tests.support.wires import Cut, Stream
 pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
 
 MEMORY = "256m"
+FAKE = {"image": IMAGE, "runtime": "fake", "command": ["sleep", "3600"], "container_name": "outer"}
 IMAGES = ("small-a", "small-b", "small-c", "small-d", "small-e")
 AGENT_ROOT = "/proc/1/root"  # the machine's own, seen by its application
 
@@ -298,6 +302,37 @@ def test_removing_the_outer_one_has_to_be_forced(root: Root, machine: str) -> No
     root.ask("rm", {"env": id})
 
 
+@pytest.mark.parametrize("way", ["rm", "stop", "keeper"])
+def test_others_that_come_in_while_it_ends_end_with_it(root: Root, way: str) -> None:
+    """Whatever moment of their start it is."""
+    service = {"image": IMAGE, "runtime": "fake", "command": ["sleep", "600"], "x-in": "outer"}
+    for n in range(8):
+        outer = root.run_detached({**FAKE, "runtime": "container"})
+        keeper = int(root.ask("inspect", {"env": outer})["keeper_pid"])
+        over = threading.Event()
+
+        def come(over: threading.Event = over) -> None:
+            while not over.is_set():
+                with contextlib.suppress(IsolatError):
+                    root.run_detached(service)
+
+        threads = [threading.Thread(target=come) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.02 + 0.01 * n)
+        if way == "keeper":
+            os.kill(keeper, signal.SIGKILL)
+        else:
+            root.ask(way, {"env": outer, **({"force": True} if way == "rm" else {"grace_s": 0})})
+        over.set()
+        for thread in threads:
+            thread.join()
+        for env in root.environments():
+            assert root.until_state(env["id"], "exited", "lost")
+        root.remove_all()
+    assert traces.none_of_environments(root.path) == []
+
+
 # the daemon's end
 
 
@@ -388,9 +423,6 @@ def _killed_at_each_step(root: Root, outer: dict[str, Any], service: dict[str, A
     pytest.fail("no end after 150 checkpoints")
 
 
-FAKE = {"image": IMAGE, "runtime": "fake", "command": ["sleep", "3600"], "container_name": "outer"}
-
-
 def test_a_daemon_killed_between_any_two_steps_leaves_nothing(fresh_root: Root) -> None:
     service = {"image": IMAGE, "runtime": "fake", "command": ["sleep", "600"], "x-in": "outer"}
     _killed_at_each_step(fresh_root, FAKE, service, 1, 1)
@@ -447,6 +479,15 @@ def test_an_idle_machine_is_parked_with_all_in_it(root: Root) -> None:
     assert root.ask("wait", {"env": id})["code"] == 137
 
 
+def test_the_same_from_python(root: Root, machine: str) -> None:
+    client = isolat.Client(root.path)
+    assert client.run(IMAGE, ["echo", "hi"], inside="outer").text == "hi\n"
+    with client.run(IMAGE, ["sleep", "600"], inside="outer", detach=True) as env:
+        assert env.exec(["sh", "-c", "exit 3"]).code == 3
+        assert env.inspect()["around"]["name"] == "outer"
+    assert [env.id for env in client.ps()] == [machine]
+
+
 # what is refused, before anything is done
 
 
@@ -457,6 +498,7 @@ def test_an_idle_machine_is_parked_with_all_in_it(root: Root) -> None:
         ({"runtime": "host"}, Unsupported, "host"),
         ({"storage_opt": {"size": "64m"}}, Unsupported, "disk"),
         ({"mem_limit": "1g"}, Refused, "memory"),
+        ({"cpus": 3}, Refused, "CPUs"),
         ({"x-in": "nobody"}, NotFound, "nobody"),
         ({"volumes": ["/tmp:/tmp"]}, IsolatError, ""),
     ],

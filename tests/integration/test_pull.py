@@ -217,6 +217,8 @@ def test_a_policy_is_honoured(fresh_root: Root, address: str, tmp_path: Path) ->
     signature.write_bytes(signature.read_bytes()[:-20])
     root.ok("rmi", signed)
     assert root.cli("pull", signed).returncode == 125
+    done = root.cli("load", input=root.cli("save", "debian").stdout)
+    assert done.returncode == 125 and b"policy" in done.stderr, done.stderr
     (root.path / "policy.json").write_text("{")
     done = root.cli("pull", signed)
     assert done.returncode == 125 and b"can't be read" in done.stderr

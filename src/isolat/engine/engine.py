@@ -317,6 +317,7 @@ class Engine:
         states.check(Verb.STOP, env.state, env.name)
         if not env.state.alive:
             return env
+        env.parting = "was stopped"
         self._stop_inside(env, grace_s)
         grace_s = env.spec.stop_grace_s if grace_s is None else grace_s
         more_s = _HAND_OVER_S if carries(env) else 0.0
@@ -334,7 +335,6 @@ class Engine:
 
     def _stop_inside(self, outer: Environment, grace_s: float | None) -> None:
         """Ask those that are in it to end, all at once; what does not get to its end so goes with the outer one."""
-        outer.parting = "was stopped"
 
         def stop(env: Environment) -> None:
             env.stop_reason = env.stop_reason or f"{outer.name}, which it was in, was stopped"

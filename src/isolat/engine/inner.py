@@ -29,7 +29,7 @@ from isolat.errors import Conflict, Refused, Unsupported
 from isolat.layers import registry
 from isolat.layers.base import CanEnter, Layer, State
 from isolat.places.base import Facts, Io
-from isolat.spec.model import DEFAULT_DISK_BYTES, DEFAULT_MEMORY_BYTES, Spec
+from isolat.spec.model import DEFAULT_CPUS, DEFAULT_DISK_BYTES, DEFAULT_MEMORY_BYTES, Spec
 from isolat.spec.parse import parse
 from isolat.trace import mark
 
@@ -98,7 +98,8 @@ class InnerMaker:
         stack = registry.resolve(spec.layers)
         states.check(Verb.RUN_IN, outer.state, outer.name)
         self._hosting.check(outer, stack)
-        return _fitted(spec, outer), outer, stack
+        cpus = entering.ground(outer, self._facts).facts.cpus
+        return _fitted(spec, outer, stack[0], cpus), outer, stack
 
     def _enter(
         self, spec: Spec, service: Mapping[str, object], caller: Caller, outer: Environment, stack: Stack, d: Deadline
@@ -179,7 +180,7 @@ class InnerMaker:
         return ours
 
 
-def _fitted(spec: Spec, outer: Environment) -> Spec:
+def _fitted(spec: Spec, outer: Environment, layer: Layer, cpus: int) -> Spec:
     """What is not asked for is the outer one's whole. Raises for what it does not have, or can't divide."""
     in_machine = registry.LAYERS[outer.handle.frames[-1].layer].capabilities.machine
     if not in_machine:
@@ -191,9 +192,11 @@ def _fitted(spec: Spec, outer: Environment) -> Spec:
         )
     if spec.volumes:
         raise Unsupported(f"no volumes can come into {outer.name}, which runs", hint="leave out -v and volumes")
+    if spec.cpus > cpus and spec.cpus != DEFAULT_CPUS:
+        raise Refused(f"{spec.cpus:g} CPUs are more than {outer.name} has ({cpus})", hint="ask for less with --cpus")
     asked, there = spec.memory_bytes, outer.spec.memory_bytes
     if asked == DEFAULT_MEMORY_BYTES and spec.memory_swap_bytes is None:
-        return replace(spec, memory_bytes=0)
+        return replace(spec, memory_bytes=0) if "memory" in layer.capabilities.limits else spec
     if asked > there:
         raise Refused(
             f"a memory limit of {asked >> 20} MiB is more than {outer.name} has ({there >> 20} MiB)",

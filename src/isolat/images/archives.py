@@ -53,6 +53,9 @@ _TYPES = {"tar": LAYER, "gzip": f"{LAYER}+gzip", "zstd": f"{LAYER}+zstd"}
 Told = Callable[[Image, Sequence[str]], None]  # an image is there, under the names that it has in the archive
 
 
+_DOCKER = "manifest.json"  # what only an archive of that kind has
+
+
 @dataclass(frozen=True)
 class Found:
     """One image of an archive: its manifest, as it came or as we put it together."""
@@ -75,15 +78,15 @@ def load(
 
     ``only``: the one of this name, or when empty the only one there is.
 
-    Raises InvalidImage; ``stage`` is bad-archive, truncated, too-large, too-many-entries, bad-compression, crashed,
-    bad-manifest, bad-config, bad-name, missing-layer, digest-mismatch, policy, or what ``flatten`` says of a layer.
+    Raises InvalidImage; ``stage`` is policy, bad-archive, truncated, too-large, too-many-entries, bad-compression,
+    crashed, bad-manifest, bad-config, bad-name, missing-layer, digest-mismatch, or what ``flatten`` says of a layer.
     NotFound where it has nothing for the platform, StoreError where this machine is at fault.
     """
     with store.build() as build:
         spool = Spool(build.path)
         with opened(descriptor, WHAT, gone) as more:
             spool.take(more, progress)
-        policy.find(store.root).check_archive("docker-archive" if "manifest.json" in spool else "oci-archive")
+        policy.find(store.root).check_archive("docker-archive" if _DOCKER in spool else "oci-archive")
         loaded = []
         there = images(spool, platform or own_platform())
         for found in there if only is None else [_chosen(there, only)]:
@@ -136,7 +139,7 @@ def _known(store: ImageStore, manifest: Manifest) -> bytes | None:
 
 def images(spool: Spool, platform: Platform) -> list[Found]:
     """What is in an archive, complete: every blob of each is there. Raises InvalidImage, NotFound."""
-    if "manifest.json" in spool:
+    if _DOCKER in spool:
         found = _docker(spool, platform)
     elif "index.json" in spool:
         found = _oci(spool, platform)

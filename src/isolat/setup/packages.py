@@ -52,7 +52,7 @@ PACKAGES = (
     Package("grub-common", "packs the boot loader of a whole PC (grub-mkimage)", Group.REQUIRED, "vm", "grub-mkimage"),
     Package("grub-pc-bin", "the boot loader's parts for a BIOS", Group.REQUIRED, "vm"),
     Package("kmod", "lists the modules of a whole PC's kernel (depmod)", Group.REQUIRED, "vm", "depmod"),
-    Package("skopeo", "speaks with registries: pull, push, login", Group.REQUIRED, command="skopeo"),
+    Package("skopeo", "speaks with registries", Group.REQUIRED, command="skopeo"),
     Package("buildah", "builds images from Containerfiles", Group.REQUIRED, command="buildah"),
     Package("qemu-user-static", "runs programs of other architectures (--arch)", Group.OPTIONAL),
     Package("gcc", "compiles the C core and looks for defects in it", Group.DEVELOP, command="gcc"),
@@ -62,8 +62,8 @@ PACKAGES = (
     Package("linux-libc-dev", "the kernel's headers for the C core", Group.DEVELOP),
     Package("python3-venv", "the environment that tests and tools live in", Group.DEVELOP),
     Package("busybox-static", "the root file system that tests build on", Group.DEVELOP, command="busybox"),
+    Package("docker-registry", "a registry, to send images to and fetch them from", Group.DEVELOP),
     Package("umoci", "unpacks images, for comparison with what is made of them here", Group.DEVELOP, command="umoci"),
-    Package("docker-registry", "a registry for tests, on this machine", Group.DEVELOP, command="docker-registry"),
     Package("procps", "finds processes in tests", Group.DEVELOP, command="pgrep"),
     Package(
         "runc",
@@ -73,7 +73,13 @@ PACKAGES = (
         "runc",
     ),
     Package("podman", "what pulling an image is compared with", Group.BENCH, "container", "podman"),
-    Package("docker.io", "what containers are compared with", Group.BENCH, "container", "dockerd"),
+    Package(
+        "docker.io",
+        "reads our images, writes some, and is what containers are compared with",
+        Group.DEVELOP,
+        "container",
+        "dockerd",
+    ),
 )
 
 

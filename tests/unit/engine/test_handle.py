@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from isolat.engine.handle import Handle, guest_words, handle_from_json, read_exit, read_handle, write_handle
+from isolat.engine.handle import Around, Handle, guest_words, handle_from_json, read_exit, read_handle, write_handle
 from isolat.errors import StoreError
 from isolat.layers.base import Frame, State
 from isolat.places.base import Command, Exit
@@ -44,6 +44,24 @@ def test_the_main_process_of_a_stack_has_the_path_of_its_guests() -> None:
     inner = Frame("fake", (), True, "guest/main", Command(("true",)), None)
     assert sample().with_(frames=(outer, inner)).main_name == "guest/guest/main"
     assert sample().main_name == "guest/main"
+
+
+def test_one_inside_of_another_is_below_it_at_its_keeper(tmp_path: Path) -> None:
+    around = Around("o", "outer", ("microvm",), "guest")
+    frame = Frame("container", (), True, "x/main", Command(("true",)), None, guest_key="x")
+    inner = sample().with_(frames=(frame,), around=around)
+    assert (inner.first_name, inner.main_name, inner.guest_name) == ("guest/x", "guest/x/main", "guest/x")
+    assert inner.layers == ("microvm", "container")
+    write_handle(tmp_path, inner)
+    assert read_handle(tmp_path) == inner
+
+
+def test_a_handle_of_before_has_nothing_around_it() -> None:
+    data = sample().to_json()
+    del data["around"]
+    for frame in data["frames"]:
+        del frame["guest_key"]
+    assert handle_from_json(data) == sample()
 
 
 def test_no_handle_is_none_and_half_a_handle_is_never_read(tmp_path: Path) -> None:
