@@ -8,6 +8,7 @@ was made (now, there; the entry's, here), and its set-group-ID bit, which umoci'
 from __future__ import annotations
 
 import gzip
+import io
 import os
 import random
 import subprocess
@@ -24,6 +25,7 @@ import zstandard
 from isolat.deadline import Deadline
 from isolat.errors import DeadlineExceeded, InvalidImage
 from isolat.images import flatten
+from isolat.images.flatten.pack import pack
 from isolat.linux import mounts
 from tests.support.layers import Archive, Described, blob, blobs, describe, digest, umoci
 
@@ -336,6 +338,21 @@ def test_the_same_layers_give_the_same_bytes_whatever_their_compression(tmp_path
         assert result.diff_ids == tuple(map(digest, archives))
         made.add(out.read_bytes())
     assert len(made) == 1
+
+
+def test_what_is_packed_again_is_the_same_again(tmp_path: Path) -> None:
+    """From an image to a layer, as commit and push do it, and back."""
+    archive = base().add(b"ping", mode=0o4755, uid=70_000, xattrs={b"security.capability": CAPABILITY, b"user.a": b"b"})
+    archive.add(b"n" * 200, data=b"x", mtime=(1, 999_999_999)).link(b"etc/other", b"ping").add(b"p", "fifo")
+    archive.add(b"null", "char", device=(1, 3)).add(b"\xff\n", data=b"y" * 5000, gid=(1 << 32) - 2)
+    (tmp_path / "first").mkdir()
+    (tmp_path / "second").mkdir()
+    before = flattened(tmp_path / "first", [archive.bytes()])
+    stream = io.BytesIO()
+    with mounted(tmp_path / "first/out.erofs") as target:
+        diff_id = pack(target, stream)
+    assert diff_id == digest(stream.getvalue())
+    assert flattened(tmp_path / "second", [stream.getvalue()]) == before
 
 
 def test_progress_is_told_and_never_goes_back(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@
     pack.py          pack(): from a directory tree to a layer                                (in the caller's process)
 
 Why: no unpacker that resolves a stranger's paths on the host as root, where this field's holes are; and one pass over
-the data instead of three. docs/adr/0010-layers-straight-to-erofs.md has the figures.
+the data instead of three. docs/adr/0012-layers-straight-to-erofs.md has the figures.
 
 Names are loaded when they are first used: the confined processes import from here, too, and need none of them.
 """
