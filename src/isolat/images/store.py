@@ -23,6 +23,7 @@ next opening of the store removes its directory.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -215,7 +216,10 @@ class ImageStore:
 
     @contextlib.contextmanager
     def build(self) -> Iterator[Build]:
-        """A private directory for one build, removed at its end whatever happens."""
+        """A private directory for one build, removed at its end whatever happens.
+
+        A full disk becomes a StoreError, whatever it was that noticed.
+        """
         with self._lock():
             path = self._tmp / f"{os.getpid()}-{secrets.token_hex(8)}"
             path.mkdir(mode=0o711)
@@ -223,6 +227,8 @@ class ImageStore:
             fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             yield Build(self, path, lock)
+        except OSError as error:
+            raise _told(error, self.root) from error
         finally:
             _remove_tree(path)
             os.close(lock)
@@ -416,6 +422,18 @@ def _devices(tree: Path) -> list[str]:
     """What is in a tree's /dev, which is empty in every image: the rest of it must not depend on that."""
     dev = tree / "dev"
     return [] if dev.is_symlink() or not dev.is_dir() else [f"dev/{name}" for name in os.listdir(dev)]  # noqa: PTH208
+
+
+def _told(error: OSError, root: Path) -> Exception:
+    """A full disk as an error of ours; any other error as it is."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return error
+    return StoreError(
+        f"there is no room left for the image below {root}",
+        stage="no-space",
+        errno=error.errno,
+        hint="free some space: `isolat system df` tells what takes it, `isolat system prune` removes what nobody needs",
+    )
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

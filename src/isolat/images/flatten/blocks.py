@@ -68,7 +68,13 @@ class Blocks:
         start = self.next
         self.next += blocks
         if self.next > self.most:
-            raise Bad(self._excess, f"the image becomes larger than {self.most << BITS} bytes")
+            room = self._excess == "no-space"
+            what = (
+                "there is no room left on the disk for an image of more than"
+                if room
+                else "the image becomes larger than"
+            )
+            raise Bad(self._excess, f"{what} {self.most << BITS} bytes")
         return start
 
     # Data as it arrives
