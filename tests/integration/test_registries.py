@@ -633,3 +633,32 @@ def test_indexes_that_a_real_registry_keeps(store: ImageStore, address: str, tmp
         image = pull(store, f"{address}/list", Platform("linux", arch))
         assert (image.manifest, image.config.architecture) == (entry["digest"], arch)
         assert image.repo_digests == (f"{address}/list@{digest_of(index)}",)
+
+
+def test_dockers_manifests_go_back_as_they_came(open_store: ImageStore, address: str, tmp_path: Path) -> None:
+    store, name = open_store, f"{address}/docker"
+    layout = make_layout(tmp_path / "layout", [archive({"a": b"b"})])
+    copy(f"oci:{layout}", f"docker://{name}:there", "--format", "v2s2")
+    image = pull(store, f"{name}:there")
+    told: list[tuple[int, int]] = []
+    passenger = Passenger(lambda text, done, total: told.append((done, total)))
+    target = parse_reference(f"{name}:back")
+    assert pushing.push(store, image, target, skopeo.Access(), passenger) == image.manifest
+    back = subprocess.run(
+        ["skopeo", "inspect", "--raw", "--tls-verify=false", f"docker://{name}:back"], capture_output=True, check=True
+    ).stdout
+    assert digest_of(back) == image.manifest
+    assert told[-1][0] == told[-1][1] > 0
+
+
+def test_other_users_can_not_read_images(open_store: ImageStore, address: str, tmp_path: Path) -> None:
+    layer = archive({"a": b"b"})
+    copy(f"oci:{make_layout(tmp_path / 'layout', [layer])}", f"docker://{address}/private", "--preserve-digests")
+    image = pull(open_store, f"{address}/private")
+    blob = open_store.blobs.path(digest_of(layer))
+    for path in (blob, open_store.blobs.directory, open_store.file(image.digest)):
+        done = subprocess.run(
+            ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "head", "-c1", str(path)],
+            capture_output=True, check=False,
+        )  # fmt: skip
+        assert done.returncode != 0 and b"Permission denied" in done.stderr

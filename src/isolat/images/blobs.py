@@ -26,7 +26,9 @@ class Blobs:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._dir = directory / "sha256"
-        self._dir.mkdir(mode=0o755, parents=True, exist_ok=True)
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        directory.chmod(0o700)  # an image may be private: other users of this machine are not let in
+        self._dir.mkdir(mode=0o755, exist_ok=True)
 
     def path(self, digest: str) -> Path:
         """Where the blob is, or would be. Raises InvalidImage for what is no sha256 digest."""

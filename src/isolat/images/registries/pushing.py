@@ -1,19 +1,20 @@
 """From the store to a registry: the blobs as they came, so the digest is the same there.
 
-skopeo reads an OCI layout that has no blobs of its own: they are read where they lie. It writes no file.
+skopeo reads an OCI layout of links to the blobs, which nobody but it can enter. It writes no file.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from isolat.errors import Unsupported
+from isolat.errors import NotFound, Unsupported
 from isolat.images.image import Image
-from isolat.images.oci import Manifest
+from isolat.images.oci import Manifest, hexadecimal
 from isolat.images.reference import Reference
 from isolat.images.registries import skopeo
 from isolat.images.registries.flights import Passenger
@@ -22,6 +23,7 @@ from isolat.images.registries.watch import Watch
 from isolat.images.store import Build, ImageStore
 
 _TOLD_S = 0.1
+_NOBODY = 65534
 
 
 def push(store: ImageStore, image: Image, target: Reference, access: Access, passenger: Passenger) -> str:
@@ -39,11 +41,10 @@ def push(store: ImageStore, image: Image, target: Reference, access: Access, pas
         auths = stack.enter_context(skopeo.auth_file(access.auths))
         words = [
             *("--insecure-policy", "copy", "--preserve-digests", "--authfile", skopeo.fd_path(auths)),
-            *("--src-shared-blob-dir", str(store.blobs.directory)),
             f"--dest-tls-verify={'true' if access.verifies(target.registry) else 'false'}",
             *(f"oci:{layout}", f"docker://{target.remote}"),
         ]
-        command = skopeo.argv(words, read=[str(layout), str(store.blobs.directory)])
+        command = skopeo.argv(words, read=[str(layout)])
         running = stack.enter_context(skopeo.Running(command, watch.what, pass_fds=[auths]))
         _follow(running, manifest, watch, passenger)
     return manifest.digest
@@ -61,14 +62,22 @@ def check_whole(image: Image) -> None:
 
 
 def _layout(build: Build, manifest: Manifest) -> Path:
-    """image-spec, image-layout.md; readable for whom skopeo runs as."""
+    """image-spec, image-layout.md. Raises NotFound where a blob has gone."""
     layout = build.path / "layout"
-    layout.mkdir(mode=0o755)
+    blobs = layout / "blobs" / "sha256"
+    blobs.mkdir(parents=True)
+    for digest in (manifest.digest, *(one.digest for one in manifest.blobs)):
+        try:
+            os.link(build.store.blobs.path(digest), blobs / hexadecimal(digest))
+        except FileNotFoundError:
+            raise NotFound(f"the blob {digest} is not there", hint="pull the image again") from None
     described = {"mediaType": manifest.media_type, "digest": manifest.digest, "size": len(manifest.raw)}
     (layout / "oci-layout").write_text('{"imageLayoutVersion":"1.0.0"}')
     (layout / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [described]}))
-    for path in layout.iterdir():
-        path.chmod(0o644)
+    for path, mode in (("oci-layout", 0o644), ("index.json", 0o644), ("blobs", 0o755), ("blobs/sha256", 0o755)):
+        (layout / path).chmod(mode)
+    layout.chmod(0o500)
+    os.chown(layout, _NOBODY, _NOBODY)
     return layout
 
 
