@@ -7,6 +7,7 @@ was made (now, there; the entry's, here), and its set-group-ID bit, which umoci'
 
 from __future__ import annotations
 
+import encodings
 import gzip
 import io
 import os
@@ -245,18 +246,18 @@ def tree_of_many(count: int) -> Archive:
     return archive
 
 
-@pytest.mark.parametrize("count", [5_000, pytest.param(200_000, marks=[pytest.mark.soak, pytest.mark.timeout(900)])])
+@pytest.mark.parametrize("count", [2_000, pytest.param(200_000, marks=[pytest.mark.soak, pytest.mark.timeout(900)])])
 def test_many_files(tmp_path: Path, count: int) -> None:
     same_as_umoci(tmp_path, [tree_of_many(count)])
 
 
 def test_a_real_tree(tmp_path: Path) -> None:
-    """Some thousand files of this machine, as GNU tar archives them."""
+    """Some hundred files of this machine, as GNU tar archives them."""
     archive = tmp_path / "real.tar"
     with tarfile.open(archive, "w", format=tarfile.GNU_FORMAT) as stream:
         stream.add("/etc", "etc", filter=lambda info: None if "passwd-" in info.name else info)
-        stream.add("/usr/lib/python3", "usr/lib/python3")
-    same_as_umoci(tmp_path, [archive.read_bytes(), Archive().add(b"usr/lib/.wh.python3").add(b"etc/hostname")])
+        stream.add(Path(encodings.__file__).parent, "usr/lib/encodings")
+    same_as_umoci(tmp_path, [archive.read_bytes(), Archive().add(b"usr/lib/.wh.encodings").add(b"etc/hostname")])
 
 
 NAMES = (b"a", b"b", b"c", b"d")

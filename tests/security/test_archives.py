@@ -215,6 +215,21 @@ def test_what_follows_a_gzip_is_no_layer(place: Path) -> None:
     assert refused(place, blob(place / "blobs", b"", packed, "")).stage == "bad-compression"
 
 
+def test_a_full_disk_is_this_machines_fault_and_leaves_nothing(place: Path) -> None:
+    """More than the disk has beside what is kept free of it."""
+    disk = place / "mounted"
+    disk.mkdir()
+    mounts.mount("tmpfs", str(disk), "tmpfs", 0, "size=80m")
+    try:
+        layer = blob(place / "blobs", Archive().add(b"f", data=os.urandom(20 << 20)).bytes())
+        with pytest.raises(StoreError) as found:
+            flatten.flatten([layer], disk / "image", Deadline(60), Limits())
+        assert found.value.stage == "no-space" and not isinstance(found.value, InvalidImage)
+        assert list(disk.iterdir()) == []
+    finally:
+        mounts.umount(str(disk))
+
+
 def test_a_flood_of_attributes_meets_the_memorys_limit(place: Path) -> None:
     """Each entry is within its bounds; together they would fill the machine."""
     one = Archive().add(b"f", xattrs={b"user.%d" % n: bytes(60_000) for n in range(2)})

@@ -124,7 +124,7 @@ class MicrovmLayer(Layer):
         template = _template(job, kit, asked, guest) if templated else None
         outer = not job.command
         return Plan(
-            steps=machines.outside(job, argv.memory_overhead_bytes(asked)),
+            steps=machines.outside(job, argv.memory_overhead_bytes(asked) + _template_bytes(job, templated)),
             guest=guest,
             main=None if outer else _main(job),
             needs=Needs(job.spec.memory_bytes, job.spec.cpus, job.spec.disk_bytes, machines.digests(job)),
@@ -346,6 +346,16 @@ def _machine(job: Job, kit: MachineKit) -> argv.Machine:
 def _guest(job: Job, kit: MachineKit, asked: argv.Machine, park_s: float) -> Command:
     held = ("ram", "qmp-peer", "state") if asked.incoming else ("ram", "qmp-peer")
     return replace(machines.guest(job, kit, argv.microvm_argv(asked), held), park_s=park_s)
+
+
+def _template_bytes(job: Job, templated: bool) -> int:
+    """What a clone may be charged for its template's memory.
+
+    A page that the template never wrote is made in the template's own file when the first clone looks at it, and is
+    copied when that clone writes: it is then charged for both (Documentation/admin-guide/cgroup-v1/memory.rst, "Shared
+    Page Accounting"). Without room for that a machine that reads a large file is killed.
+    """
+    return job.spec.memory_bytes if templated else 0
 
 
 def _template(job: Job, kit: MachineKit, asked: argv.Machine, guest: Command) -> TemplatePlan:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import resource
 import tarfile
 from pathlib import Path
 
@@ -96,3 +97,20 @@ def test_user_attributes_are_kept_and_the_overlays_own_are_not(tree: Path) -> No
     assert "b/.wh..wh..opq" in found
     assert not any("overlay" in name for name in found["b"].pax_headers)
     assert b"SCHILY.xattr.user.some=\x00\xff\n\n" in packed(tree)
+
+
+def test_a_tree_deeper_than_there_are_descriptors(tmp_path: Path) -> None:
+    """Siblings on the way back up show that each directory was found again."""
+    names, here = [], tmp_path
+    for depth in range(100):
+        here /= "d"
+        here.mkdir()
+        (here / "later").touch()
+        names.append("/".join(["d"] * (depth + 1)))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, len(os.listdir("/proc/self/fd")) + 20), hard))  # noqa: PTH208
+    try:
+        data = packed(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert sorted(members(data)) == sorted([".", *names, *(f"{name}/later" for name in names)])

@@ -56,6 +56,40 @@ class _Entry:
         return b"/proc/self/fd/%d/%s" % (self.directory, self.name)
 
 
+class _Open:
+    """A directory that is gone through.
+
+    It is closed while what is in it is gone through: a tree may be deeper than a process may have descriptors. Then it
+    is found again as its child's ``..``, and must be the same.
+    """
+
+    def __init__(self, descriptor: int, prefix: bytes) -> None:
+        self.descriptor = descriptor
+        self.prefix = prefix
+        found = os.fstat(descriptor)
+        self._is = (found.st_dev, found.st_ino)
+        try:
+            self.names = iter(_names(descriptor))
+        except OSError:
+            self.leave()
+            raise
+
+    def leave(self) -> None:
+        os.close(self.descriptor)
+        self.descriptor = -1
+
+    def come_back(self, child: int) -> None:
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        self.descriptor = os.open("..", flags, dir_fd=child)
+        found = os.fstat(self.descriptor)
+        if (found.st_dev, found.st_ino) != self._is:
+            raise StoreError(f"{os.fsdecode(self.prefix)} was moved while it was read", stage="packing a layer")
+
+    def close(self) -> None:
+        if self.descriptor >= 0:
+            self.leave()
+
+
 def pack(tree: Path, out: Writer, *, uid_shift: int = 0, overlay: bool = False, skip: Collection[str] = ()) -> str:
     """Write the archive and return its digest, which is the layer's diff id.
 
@@ -83,21 +117,24 @@ class _Packer:
 
     def tree(self, tree: Path) -> None:
         top = os.open(tree, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._header(_Entry(top, b".", b"./", os.fstat(top), self._xattrs(b"/proc/self/fd/%d/." % top)))
-        stack = [(top, b"", iter(_names(top)))]
+        stack = [_Open(top, b"")]
         try:
+            self._header(_Entry(top, b".", b"./", os.fstat(top), self._xattrs(b"/proc/self/fd/%d/." % top)))
             while stack:
-                directory, prefix, names = stack[-1]
-                name = next(names, None)
+                here = stack[-1]
+                name = next(here.names, None)
                 if name is None:
-                    os.close(stack.pop()[0])
-                elif prefix + name not in self._skip:
-                    inner = self._entry(directory, name, prefix + name)
+                    if len(stack) > 1:
+                        stack[-2].come_back(here.descriptor)
+                    stack.pop().close()
+                elif here.prefix + name not in self._skip:
+                    inner = self._entry(here.descriptor, name, here.prefix + name)
                     if inner >= 0:
-                        stack.append((inner, prefix + name + b"/", iter(_names(inner))))
+                        stack.append(_Open(inner, here.prefix + name + b"/"))
+                        here.leave()
         finally:
-            for directory, _, _ in stack:
-                os.close(directory)
+            for directory in stack:
+                directory.close()
 
     def _entry(self, directory: int, name: bytes, path: bytes) -> int:
         """Write one. Returns the descriptor of a directory, which is to be gone through next, else -1."""
