@@ -4,11 +4,12 @@
    --service         a service of a whole operating system
    --fd 3            an ordinary process, its controller on descriptor 3 (tests)
    --tsc-khz         print how fast this machine's time stamp counter runs
-   --unpack, --bind, --pack: a machine's volumes (volumes.c) */
+   --unpack, --bind, --pack: a machine's volumes (volumes.c)
+   --copy-out, --copy-in, --layer, --changes: an environment's files (copy.c, layer.c) */
 #include "machine.h"
 
+#include "copy.h"
 #include "switchroot.h"
-#include "tar.h"
 
 #include <fcntl.h>
 #include <stdio.h>
@@ -60,11 +61,14 @@ int main(int argc, char **argv)
         quiet_stdin();
         serve(CONTROL_FD);
     } else {
-        int code = volumes_main(argc, argv);
-        if (code >= 0)
-            return code;
-        dprintf(2, "usage: isolat-agent --service | --fd 3 | --tsc-khz | --unpack | --bind | --pack"
-                   " (or as PID 1 of a machine)\n");
+        int (*const programs[])(int, char **) = {volumes_main, copy_main, layer_main};
+        for (size_t i = 0; i < LEN(programs); i++) {
+            int code = programs[i](argc, argv);
+            if (code >= 0)
+                return code;
+        }
+        dprintf(2, "usage: isolat-agent --service | --fd 3 | --tsc-khz | --unpack | --bind | --pack | --copy-out |"
+                   " --copy-in | --layer | --changes (or as PID 1 of a machine)\n");
         return EXIT_USAGE;
     }
     return 0;

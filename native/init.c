@@ -1,5 +1,9 @@
-/* isolat-init: the first process inside, its controller on descriptor 3. docs/protocol.md */
+/* isolat-init: the first process inside, its controller on descriptor 3. docs/protocol.md
+
+   --copy-out, --copy-in: a process inside that reads or writes files for somebody outside (copy.c) */
 #include "node.h"
+
+#include "copy.h"
 
 #include <fcntl.h>
 #include <stdio.h>
@@ -29,10 +33,12 @@ static void say_hello(Peer *controller)
     peer_reply(controller, K_HELLO, 0, &body);
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
-    int type;
+    int type, code = copy_main(argc, argv);
     socklen_t n = sizeof type;
+    if (code >= 0)
+        return code;
     if (getsockopt(CONTROL_FD, SOL_SOCKET, SO_TYPE, &type, &n) || type != SOCK_STREAM) {
         dprintf(2, "isolat-init: descriptor 3 is no controller\n");
         return 64;

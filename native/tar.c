@@ -9,7 +9,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-enum { PAX_MAX = 4 * TAR_PATH };
+enum { SPECIAL_MAX = 1 << 20 }; /* of one extended header */
 
 /* ustar's header; all in text. */
 typedef struct {
@@ -39,6 +39,15 @@ bool tape_open(Tape *t, const char *path, bool writes, uint64_t limit)
     return t->fd >= 0 && !posix_memalign((void **)&t->buf, 4096, TAR_CHUNK);
 }
 
+bool tape_flow(Tape *t, int fd)
+{
+    memset(t, 0, sizeof *t);
+    t->fd = fd;
+    t->flows = true;
+    t->limit = UINT64_MAX;
+    return (t->buf = malloc(TAR_CHUNK)) != NULL;
+}
+
 /* A file may want other alignments than a disk of ours: then without. */
 static bool again(Tape *t, ssize_t n)
 {
@@ -50,8 +59,8 @@ static bool refill(Tape *t)
 {
     ssize_t n;
     do {
-        n = pread(t->fd, t->buf, TAR_CHUNK, (off_t)t->offset);
-    } while (again(t, n));
+        n = t->flows ? read(t->fd, t->buf, TAR_CHUNK) : pread(t->fd, t->buf, TAR_CHUNK, (off_t)t->offset);
+    } while ((n < 0 && errno == EINTR) || again(t, n));
     t->at = t->len = 0;
     if (n <= 0)
         return n < 0 ? false : damaged();
@@ -85,8 +94,23 @@ static bool copy_out(Tape *t, void *into, size_t n)
     return true;
 }
 
+bool tape_drain(Tape *t)
+{
+    ssize_t n;
+    do {
+        n = read(t->fd, t->buf, TAR_CHUNK);
+    } while (n > 0 || (n < 0 && errno == EINTR));
+    return n == 0;
+}
+
 bool tape_flush(Tape *t)
 {
+    if (t->flows) {
+        size_t n = t->at;
+        t->at = 0;
+        t->offset += n;
+        return write_all(t->fd, t->buf, n);
+    }
     for (size_t done = 0; done < t->at;) {
         ssize_t n = pwrite(t->fd, t->buf + done, t->at - done, (off_t)t->offset);
         if (again(t, n))
@@ -175,6 +199,10 @@ static bool time_of(const char *text, size_t n, Entry *e)
     if (*end == '.')
         for (end++; *end >= '0' && *end <= '9'; end++, unit /= 10)
             ns += (*end - '0') * unit;
+    if (*copy == '-' && ns) {
+        e->mtime_s--;
+        ns = 1000000000 - ns;
+    }
     e->mtime_ns = ns;
     return !*end || damaged();
 }
@@ -190,7 +218,7 @@ static bool decimal(const char *text, size_t n, uint64_t *value)
 }
 
 typedef struct {
-    bool path, target, size, mtime, uid, gid;
+    bool path, target, size, mtime, uid, gid, whole;
 } Given;
 
 static bool id_of(const char *text, size_t n, uint32_t *id)
@@ -202,63 +230,95 @@ static bool id_of(const char *text, size_t n, uint32_t *id)
     return true;
 }
 
-static bool record(const char *key, size_t nkey, const char *value, size_t n, Entry *e, Given *given)
+enum { R_PATH, R_TARGET, R_SIZE, R_MTIME, R_UID, R_GID, R_SAME, R_MAJOR, R_REAL, R_WHOLE, R_MAP, R_OFFSET };
+
+static int known_record(Span key)
 {
-    const struct {
-        const char *key;
-        bool *given;
-    } known[] = {{"path", &given->path}, {"linkpath", &given->target}, {"size", &given->size},
-                 {"mtime", &given->mtime}, {"uid", &given->uid},       {"gid", &given->gid}};
-    size_t i = 0;
-    while (i < LEN(known) && (strlen(known[i].key) != nkey || memcmp(known[i].key, key, nkey)))
-        i++;
-    if (i == LEN(known)) {
-        e->same = e->same || (nkey == 11 && !memcmp(key, "ISOLAT.same", 11));
-        return true;
-    }
-    *known[i].given = true;
-    switch (i) {
-    case 0: return text_into(e->path, sizeof e->path, value, n);
-    case 1: return text_into(e->target, sizeof e->target, value, n);
-    case 2: return decimal(value, n, &e->size);
-    case 3: return time_of(value, n, e);
-    case 4: return id_of(value, n, &e->uid);
-    default: return id_of(value, n, &e->gid);
+    static const char *const known[] = {"path", "linkpath", "size", "mtime", "uid", "gid", "ISOLAT.same",
+                                        "GNU.sparse.major", "GNU.sparse.realsize", "GNU.sparse.name",
+                                        "GNU.sparse.map", "GNU.sparse.offset"};
+    for (size_t i = 0; i < LEN(known); i++)
+        if (strlen(known[i]) == key.n && !memcmp(known[i], key.p, key.n))
+            return (int)i;
+    return -1;
+}
+
+static bool record(Span key, Span value, Entry *e, Given *given)
+{
+    const char *text = (const char *)value.p;
+    switch (known_record(key)) {
+    case R_PATH: return given->whole || (given->path = text_into(e->path, sizeof e->path, text, value.n));
+    case R_TARGET: return given->target = text_into(e->target, sizeof e->target, text, value.n);
+    case R_SIZE: return given->size = decimal(text, value.n, &e->size);
+    case R_MTIME: return given->mtime = time_of(text, value.n, e);
+    case R_UID: return given->uid = id_of(text, value.n, &e->uid);
+    case R_GID: return given->gid = id_of(text, value.n, &e->gid);
+    case R_SAME: return e->same = true;
+    case R_MAJOR: return (e->sparse = value.n == 1 && *text == '1') || damaged();
+    case R_REAL: return decimal(text, value.n, &e->real);
+    case R_WHOLE: return given->path = given->whole = text_into(e->path, sizeof e->path, text, value.n);
+    case R_MAP:
+    case R_OFFSET: return damaged(); /* older forms of the same */
+    default: return true;
     }
 }
 
-/* Records "LENGTH KEY=VALUE\n", LENGTH counting all of itself. */
-static bool records(char *text, size_t n, Entry *e, Given *given)
+/* "LENGTH KEY=VALUE\n", LENGTH counting all of itself. */
+bool tar_next_record(Span *rest, Span *key, Span *value)
 {
-    for (char *at = text; at < text + n;) {
-        char *end, *space = memchr(at, ' ', (size_t)(text + n - at));
-        size_t length = space ? strtoul(at, &end, 10) : 0;
-        if (!space || end != space || length < 5 || length > (size_t)(text + n - at) || at[length - 1] != '\n' ||
-            space + 1 >= at + length)
-            return damaged();
-        char *equals = memchr(space + 1, '=', (size_t)(at + length - space - 1));
-        if (!equals || !record(space + 1, (size_t)(equals - space - 1), equals + 1, (size_t)(at + length - 2 - equals),
-                               e, given))
-            return damaged();
-        at += length;
-    }
+    const uint8_t *at = rest->p, *space = memchr(at, ' ', rest->n);
+    char digits[12], *end;
+    if (!space || space == at || !text_into(digits, sizeof digits, (const char *)at, (size_t)(space - at)))
+        return damaged();
+    size_t length = strtoul(digits, &end, 10);
+    if (*end || length > rest->n || at + length < space + 3 || at[length - 1] != '\n')
+        return damaged();
+    const uint8_t *equals = memchr(space + 1, '=', (size_t)(at + length - space - 1));
+    if (!equals)
+        return damaged();
+    *key = (Span){space + 1, (size_t)(equals - space - 1)};
+    *value = (Span){equals + 1, (size_t)(at + length - 2 - equals)};
+    *rest = (Span){at + length, rest->n - length};
     return true;
 }
 
-static bool extended(Tape *t, const Header *h, Entry *e, Given *given)
+static bool records(Span rest, Entry *e, Given *given)
 {
-    static char text[PAX_MAX + 1];
+    Span key, value;
+    while (rest.n)
+        if (!tar_next_record(&rest, &key, &value) || !record(key, value, e, given))
+            return false;
+    return true;
+}
+
+static bool of_next(char type) { return type == 'x' || type == 'g' || type == 'L' || type == 'K'; }
+
+/* What belongs to the entry that follows: records, or a long name as GNU's tar writes it. */
+static bool special(Tape *t, const Header *h, Entry *e, Given *given)
+{
+    static char *text;
+    static size_t room;
     uint64_t size;
-    if (!number(h->size, sizeof h->size, &size) || size > PAX_MAX)
+    if (!number(h->size, sizeof h->size, &size) || size > SPECIAL_MAX)
         return damaged();
-    text[size] = 0;
-    return copy_out(t, text, (size_t)size) && tar_skip(t, -size & (TAR_BLOCK - 1)) &&
-           (h->type != 'x' || records(text, (size_t)size, e, given));
+    if (size >= room) {
+        free(text);
+        text = xalloc(room = (size_t)size + 1);
+    }
+    if (!copy_out(t, text, (size_t)size) || !tar_skip(t, -size & (TAR_BLOCK - 1)))
+        return false;
+    switch (h->type) {
+    case 'x': return records(e->extra = (Span){(uint8_t *)text, (size_t)size}, e, given);
+    case 'L': return given->path = text_into(e->path, sizeof e->path, text, strnlen(text, (size_t)size));
+    case 'K': return given->target = text_into(e->target, sizeof e->target, text, strnlen(text, (size_t)size));
+    default: return true;
+    }
 }
 
 static void name_of(const Header *h, Entry *e)
 {
-    size_t n = strnlen(h->name, sizeof h->name), m = strnlen(h->prefix, sizeof h->prefix);
+    bool ustar = !memcmp(h->magic, "ustar", sizeof h->magic); /* GNU's own form has other things there */
+    size_t n = strnlen(h->name, sizeof h->name), m = ustar ? strnlen(h->prefix, sizeof h->prefix) : 0;
     memcpy(e->path, h->prefix, m);
     if (m)
         e->path[m++] = '/';
@@ -268,11 +328,16 @@ static void name_of(const Header *h, Entry *e)
 
 static bool plain(const Header *h, Entry *e, const Given *given)
 {
-    uint64_t mode, uid, gid, size, mtime;
+    uint64_t mode, uid, gid, size, mtime, device[2] = {0};
+    bool is_device = h->type == '3' || h->type == '4';
     if (!number(h->mode, sizeof h->mode, &mode) || !number(h->uid, sizeof h->uid, &uid) ||
         !number(h->gid, sizeof h->gid, &gid) || !number(h->size, sizeof h->size, &size) ||
         !number(h->mtime, sizeof h->mtime, &mtime))
         return false;
+    if (is_device && (!number(h->major, sizeof h->major, &device[0]) || !number(h->minor, sizeof h->minor, &device[1])))
+        return false;
+    e->major = (unsigned)device[0];
+    e->minor = (unsigned)device[1];
     e->type = h->type == 0 || h->type == '7' ? '0' : h->type;
     e->mode = (unsigned)mode & 07777;
     e->uid = given->uid ? e->uid : (uint32_t)uid;
@@ -286,7 +351,8 @@ static bool plain(const Header *h, Entry *e, const Given *given)
         text_into(e->target, sizeof e->target, h->target, strnlen(h->target, sizeof h->target));
     if (e->type != '0' || e->same)
         e->size = 0;
-    return e->size <= INT64_MAX - TAR_BLOCK || damaged();
+    e->sparse = e->sparse && e->type == '0';
+    return (e->size <= INT64_MAX - TAR_BLOCK && e->real <= INT64_MAX - TAR_BLOCK) || damaged();
 }
 
 int tar_read(Tape *t, Entry *e)
@@ -302,9 +368,9 @@ int tar_read(Tape *t, Entry *e)
             return 0;
         if (!checked(&h))
             return -1;
-        if (h.type != 'x' && h.type != 'g')
+        if (!of_next(h.type))
             return plain(&h, e, &given) ? 1 : -1;
-        if (!extended(t, &h, e, &given))
+        if (!special(t, &h, e, &given))
             return -1;
     }
 }
@@ -336,33 +402,43 @@ static size_t digits(size_t n)
     return d;
 }
 
-static void put_record(Buf *b, const char *key, const char *value)
+void tar_record(Buf *b, const char *key, const void *value, size_t n)
 {
-    size_t bare = strlen(key) + strlen(value) + 3, all = bare + digits(bare);
+    size_t bare = strlen(key) + n + 3, all = bare + digits(bare);
     if (digits(all) > digits(bare))
         all++;
     char *at = (char *)buf_room(b, all + 1);
-    b->len += (size_t)snprintf(at, all + 1, "%zu %s=%s\n", all, key, value);
+    size_t m = (size_t)snprintf(at, all + 1, "%zu %s=", all, key);
+    memcpy(at + m, value, n);
+    at[all - 1] = '\n';
+    b->len += all;
 }
+
+static void put_text_record(Buf *b, const char *key, const char *text) { tar_record(b, key, text, strlen(text)); }
 
 static void put_number(Buf *b, const char *key, uint64_t value)
 {
     char text[24];
     snprintf(text, sizeof text, "%" PRIu64, value);
-    put_record(b, key, text);
+    put_text_record(b, key, text);
 }
 
+/* The nanoseconds count on from the second before, also before 1970; the text is a decimal number. */
 static void put_time(Buf *b, const Entry *e)
 {
     char text[48];
-    snprintf(text, sizeof text, "%" PRId64 ".%09" PRId64, e->mtime_s, e->mtime_ns);
-    put_record(b, "mtime", text);
+    int64_t s = e->mtime_s, ns = e->mtime_ns;
+    bool before = s < 0 && ns;
+    snprintf(text, sizeof text, "%s%" PRId64 ".%09" PRId64, before ? "-" : "", before ? -(s + 1) : s,
+             before ? 1000000000 - ns : ns);
+    put_text_record(b, "mtime", text);
 }
 
 /* The records say all; what the header says besides is for those who don't read them. */
-static bool put_header(Tape *t, char type, const char *path, const char *target, unsigned mode, uint64_t size)
+static bool put_header(Tape *t, char type, const char *path, const Entry *e, unsigned mode, uint64_t size)
 {
     Header h = {.type = type, .magic = "ustar", .version = "00"};
+    const char *target = e ? e->target : "";
     size_t n = strlen(path), m = strlen(target);
     memcpy(h.name, path, n < sizeof h.name ? n : sizeof h.name);
     memcpy(h.target, target, m < sizeof h.target ? m : sizeof h.target);
@@ -371,31 +447,47 @@ static bool put_header(Tape *t, char type, const char *path, const char *target,
     snprintf(h.gid, sizeof h.gid, "%07o", 0u);
     snprintf(h.size, sizeof h.size, "%011" PRIo64, size & 077777777777u);
     snprintf(h.mtime, sizeof h.mtime, "%011o", 0u);
+    if (e && (type == '3' || type == '4')) {
+        snprintf(h.major, sizeof h.major, "%07o", e->major & 07777777u);
+        snprintf(h.minor, sizeof h.minor, "%07o", e->minor & 07777777u);
+    }
     snprintf(h.checksum, sizeof h.checksum, "%06o", sum_of(&h));
     return tape_write(t, &h, sizeof h);
+}
+
+static void put_sparse(Buf *b, const Entry *e)
+{
+    put_text_record(b, "GNU.sparse.major", "1");
+    put_text_record(b, "GNU.sparse.minor", "0");
+    put_text_record(b, "GNU.sparse.name", e->path);
+    put_number(b, "GNU.sparse.realsize", e->real);
 }
 
 bool tar_write(Tape *t, const Entry *e)
 {
     Buf b = {0};
-    put_record(&b, "path", e->path);
+    put_text_record(&b, "path", e->path);
     if (*e->target)
-        put_record(&b, "linkpath", e->target);
+        put_text_record(&b, "linkpath", e->target);
     put_time(&b, e);
     put_number(&b, "uid", e->uid);
     put_number(&b, "gid", e->gid);
     if (e->size)
         put_number(&b, "size", e->size);
     if (e->same)
-        put_record(&b, "ISOLAT.same", "1");
+        put_text_record(&b, "ISOLAT.same", "1");
+    if (e->sparse)
+        put_sparse(&b, e);
+    if (e->extra.n)
+        buf_add(&b, e->extra.p, e->extra.n);
     size_t n = buf_size(&b);
-    bool fine = put_header(t, 'x', "pax", "", 0600, n) && tape_write(t, b.p + b.at, n) && tar_pad(t, n) &&
-                put_header(t, e->type, e->path, e->target, e->mode, e->size);
+    bool fine = put_header(t, 'x', "pax", NULL, 0600, n) && tape_write(t, b.p + b.at, n) && tar_pad(t, n) &&
+                put_header(t, e->type, e->path, e, e->mode, e->size);
     buf_free(&b);
     return fine;
 }
 
-bool tar_mark(Tape *t, const char *name) { return put_header(t, '0', name, "", 0600, 0); }
+bool tar_mark(Tape *t, const char *name) { return put_header(t, '0', name, NULL, 0600, 0); }
 
 bool tar_finish(Tape *t)
 {

@@ -138,7 +138,7 @@ def _records(entry: Entry) -> Iterator[bytes]:
     yield _record(b"path", entry.path)
     if entry.target:
         yield _record(b"linkpath", entry.target)
-    yield _record(b"mtime", b"%d.%09d" % divmod(entry.mtime_ns, 10**9))
+    yield _record(b"mtime", b"%s%d.%09d" % (b"-" if entry.mtime_ns < 0 else b"", *divmod(abs(entry.mtime_ns), 10**9)))
     yield _record(b"uid", b"%d" % entry.uid)
     yield _record(b"gid", b"%d" % entry.gid)
     if entry.size:
@@ -260,7 +260,8 @@ def _decimal(text: bytes, most: int = 20) -> int:
 def _mtime_ns(text: bytes) -> int:
     whole, _, fraction = text.partition(b".")
     sign = -1 if whole[:1] == b"-" else 1
-    return sign * _decimal(whole.lstrip(b"-"), 12) * 10**9 + (_decimal(fraction[:9].ljust(9, b"0")) if fraction else 0)
+    rest = _decimal(fraction[:9].ljust(9, b"0")) if fraction else 0
+    return sign * (_decimal(whole.lstrip(b"-"), 12) * 10**9 + rest)
 
 
 def _entry_of(block: bytes, records: dict[bytes, bytes]) -> Entry:

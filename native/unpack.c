@@ -1,0 +1,256 @@
+/* Entries of an archive, made below a directory. */
+#include "beneath.h"
+#include "tar.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/xattr.h>
+#include <unistd.h>
+
+enum { SECTION_MAX = 255 };
+
+/* One part of a path. A process whose root is the environment's follows links as those inside do; else none is. */
+static int part(const Tree *t, int fd, const char *name)
+{
+    return t->inside ? beneath_open(fd, name, O_PATH | O_DIRECTORY, RESOLVE_NO_MAGICLINKS)
+                     : openat(fd, name, O_PATH | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+}
+
+static int down(const Tree *t, int fd, const char *path, size_t n)
+{
+    for (const char *at = path; fd >= 0 && at < path + n;) {
+        char name[SECTION_MAX + 1];
+        size_t m = strcspn(at, "/");
+        int next = -1, e = EINVAL;
+        if (volume_section(at, m)) {
+            memcpy(name, at, m);
+            name[m] = 0;
+            next = part(t, fd, name);
+            if (next < 0 && errno == ENOENT && t->inside && !mkdirat(fd, name, 0755))
+                next = part(t, fd, name); /* archives need not name the directories that things are in */
+            e = errno;
+        }
+        close(fd);
+        fd = next;
+        errno = e;
+        at += m + 1;
+    }
+    return fd;
+}
+
+/* The directory that the path's last component is in; it stays the tree's. -1 with errno. */
+static int parent_of(Tree *t, const char *path, const char **last)
+{
+    const char *slash = strrchr(path, '/');
+    size_t n = slash ? (size_t)(slash - path) : 0;
+    *last = slash ? slash + 1 : path;
+    if (slash == path || !volume_section(*last, strlen(*last))) {
+        errno = EINVAL;
+        return -1;
+    }
+    if (t->parent >= 0 && strlen(t->path) == n && !memcmp(t->path, path, n))
+        return t->parent;
+    close_fd(&t->parent);
+    t->parent = down(t, fcntl(t->root, F_DUPFD_CLOEXEC, 3), path, n);
+    memcpy(t->path, path, n);
+    t->path[n] = 0;
+    return t->parent;
+}
+
+typedef struct Late {
+    struct Late *next; /* the one before: what is deeper comes first */
+    unsigned mode;
+    uint32_t uid, gid;
+    struct timespec times[2];
+    char path[];
+} Late;
+
+/* Owners are root's to give; anybody else (tests) keeps what they make. */
+static bool owned(int result) { return !result || (errno == EPERM && geteuid()); }
+
+static void times_of(const Entry *e, struct timespec times[2])
+{
+    struct timespec t = {.tv_sec = (time_t)e->mtime_s, .tv_nsec = (long)e->mtime_ns};
+    times[0] = t;
+    times[1] = t;
+}
+
+static bool attribute_wanted(Span key)
+{
+    static const char *const wanted[] = {"SCHILY.xattr.user.", "SCHILY.xattr.security.capability"};
+    for (size_t i = 0; i < LEN(wanted); i++)
+        if (key.n >= strlen(wanted[i]) && !memcmp(key.p, wanted[i], strlen(wanted[i])))
+            return true;
+    return false;
+}
+
+/* After the owner, whose change takes a file's capabilities away. What the file system does not know is left out. */
+static bool attributes(int fd, const Entry *e)
+{
+    Span rest = e->extra, key, value;
+    while (rest.n && tar_next_record(&rest, &key, &value)) {
+        char name[SECTION_MAX + 1];
+        size_t skip = strlen("SCHILY.xattr.");
+        if (!attribute_wanted(key) || key.n - skip > SECTION_MAX)
+            continue;
+        memcpy(name, key.p + skip, key.n - skip);
+        name[key.n - skip] = 0;
+        if (fsetxattr(fd, name, value.p, value.n, 0) && errno != ENOTSUP && errno != EPERM)
+            return false;
+    }
+    return true;
+}
+
+bool unpack_into(Tape *t, const Tree *tree, const Entry *e, int fd)
+{
+    struct timespec times[2];
+    uid_t uid = tree->owners ? e->uid : 0;
+    gid_t gid = tree->owners ? e->gid : 0;
+    times_of(e, times);
+    return tar_get(t, e, fd) && owned(fchown(fd, uid, gid)) && !fchmod(fd, e->mode) &&
+           (!tree->owners || attributes(fd, e)) && !futimens(fd, times);
+}
+
+/* What something is mounted on can't be replaced. */
+static int in_place(int dir, const char *name)
+{
+    struct stat st;
+    int fd = openat(dir, name, O_WRONLY | O_NOFOLLOW | O_CLOEXEC | O_NOCTTY | O_NONBLOCK);
+    if (fd < 0 || (!fstat(fd, &st) && S_ISREG(st.st_mode) && !ftruncate(fd, 0)))
+        return fd;
+    close(fd);
+    errno = EBUSY;
+    return -1;
+}
+
+/* Room for what is no directory; a directory stays, unlink(2) says so. */
+static bool make_room(const Tree *t, int dir, const char *name)
+{
+    return !t->inside || !unlinkat(dir, name, 0) || errno == ENOENT;
+}
+
+static bool make_file(Tape *t, const Tree *tree, const Entry *e, int dir, const char *name)
+{
+    int fd = -1;
+    if (make_room(tree, dir, name))
+        fd = openat(dir, name, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
+    else if (errno == EBUSY)
+        fd = in_place(dir, name);
+    bool fine = fd >= 0 && unpack_into(t, tree, e, fd);
+    int error = errno;
+    close_fd(&fd);
+    errno = error;
+    return fine;
+}
+
+static void finish_later(Tree *tree, const Entry *e)
+{
+    Late *l = xalloc(sizeof *l + strlen(e->path) + 1);
+    *l = (Late){.next = tree->late, .mode = e->mode, .uid = tree->owners ? e->uid : 0, .gid = tree->owners ? e->gid : 0};
+    times_of(e, l->times);
+    strcpy(l->path, e->path);
+    tree->late = l;
+}
+
+/* One that is there is as good. A link to one stays a link, for those who may follow it. */
+static bool make_directory(Tree *tree, const Entry *e, int dir, const char *name)
+{
+    struct stat st;
+    if (!mkdirat(dir, name, 0700)) {
+        finish_later(tree, e);
+        return true;
+    }
+    if (errno != EEXIST || fstatat(dir, name, &st, AT_SYMLINK_NOFOLLOW))
+        return false;
+    if (S_ISDIR(st.st_mode)) {
+        finish_later(tree, e);
+        return true;
+    }
+    int fd = S_ISLNK(st.st_mode) ? part(tree, dir, name) : -1;
+    errno = ENOTDIR;
+    return fd >= 0 && !close(fd);
+}
+
+static bool make_link(Tree *tree, const Entry *e, int dir, const char *name)
+{
+    const char *last;
+    int own = fcntl(dir, F_DUPFD_CLOEXEC, 3), from = parent_of(tree, e->target, &last);
+    bool fine = own >= 0 && from >= 0 && make_room(tree, own, name) && !linkat(from, last, own, name, 0);
+    int error = errno;
+    close_fd(&own);
+    errno = error;
+    return fine;
+}
+
+/* What is neither file nor directory; FIFOs and symbolic links have no descriptor that owners could be set through. */
+static bool make_node(const Tree *tree, const Entry *e, int dir, const char *name)
+{
+    struct timespec times[2];
+    bool link = e->type == '2';
+    times_of(e, times);
+    return make_room(tree, dir, name) &&
+           !(link ? symlinkat(e->target, dir, name) : mkfifoat(dir, name, 0600)) &&
+           owned(fchownat(dir, name, tree->owners ? e->uid : 0, tree->owners ? e->gid : 0, AT_SYMLINK_NOFOLLOW)) &&
+           (link || !fchmodat(dir, name, e->mode, 0)) && !utimensat(dir, name, times, AT_SYMLINK_NOFOLLOW);
+}
+
+/* "./a" is "a", and so is "/a" where the root is meant anyway. */
+static void tidy(const Tree *t, char *path)
+{
+    size_t n = strlen(path), skip = 0;
+    while (n > 1 && path[n - 1] == '/')
+        path[--n] = 0;
+    if (!t->inside)
+        return;
+    while (path[skip] == '/' || (path[skip] == '.' && (path[skip + 1] == '/' || !path[skip + 1])))
+        skip++;
+    memmove(path, path + skip, n - skip + 1);
+}
+
+bool unpack_one(Tape *t, Tree *tree, Entry *e)
+{
+    const char *name;
+    tidy(tree, e->path);
+    if (e->type == '1')
+        tidy(tree, e->target);
+    if (tree->inside && !*e->path) /* the directory that all is put into stays as it is */
+        return tar_skip(t, e->size + (-e->size & (TAR_BLOCK - 1)));
+    int dir = parent_of(tree, e->path, &name);
+    if (dir < 0)
+        return volume_complain("unpacking", e->path);
+    bool fine = false;
+    switch (e->type) {
+    case '0': fine = make_file(t, tree, e, dir, name); break;
+    case '1': fine = make_link(tree, e, dir, name); break;
+    case '5': fine = make_directory(tree, e, dir, name); break;
+    case '2':
+    case '6': fine = make_node(tree, e, dir, name); break;
+    default: errno = EINVAL;
+    }
+    return fine || volume_complain("unpacking", e->path);
+}
+
+static bool finish_one(Tree *tree, const Late *l)
+{
+    const char *name;
+    int dir = *l->path ? parent_of(tree, l->path, &name) : tree->root;
+    int fd = dir < 0 ? -1 : openat(dir, *l->path ? name : ".", O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    bool fine = fd >= 0 && owned(fchown(fd, l->uid, l->gid)) && !fchmod(fd, l->mode) && !futimens(fd, l->times);
+    int error = errno;
+    close_fd(&fd);
+    errno = error;
+    return fine || volume_complain("finishing", l->path);
+}
+
+bool unpack_finish(Tree *tree)
+{
+    bool fine = true;
+    for (Late *l = tree->late; l && fine; l = l->next)
+        fine = finish_one(tree, l);
+    close_fd(&tree->parent);
+    return fine;
+}
