@@ -21,6 +21,7 @@ The library raises; only the command line turns an error into text and an exit c
     ├── Lost                  lost             the environment's keeper or machine died; nothing is known of its end
     ├── ProtocolError         protocol         a peer sent what the protocol does not allow
     ├── DaemonUnavailable     daemon           the daemon cannot be reached or started
+    ├── CopyFailed            copy             files could not be read or written, inside or outside
     ├── StoreError            store            an image could not be built or is damaged
     │   ├── BuildFailed       build            a Containerfile does not build (exit code 1); ``details``: its last lines
     │   └── InvalidImage      invalid-image    what came from elsewhere breaks the rules; ``stage`` names which
@@ -137,6 +138,10 @@ class ProtocolError(IsolatError):
 
 class DaemonUnavailable(IsolatError):
     code = "daemon"
+
+
+class CopyFailed(IsolatError):
+    code = "copy"
 
 
 class StoreError(IsolatError):

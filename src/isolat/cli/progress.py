@@ -16,8 +16,7 @@ def watch(
     request: connect.Call, quiet: bool = False, on_row: Callable[[dict[str, Any]], None] | None = None
 ) -> dict[str, Any]:
     """Show progress on standard error until the answer is there; rows go to whoever wants them."""
-    show = _Quiet() if quiet else _Bar() if sys.stderr.isatty() and tables.find_rich() else _Lines()
-    with show:
+    with show(quiet=quiet) as shown:
         while True:
             kind, content, _ = request.next()
             if kind == "ok":
@@ -26,7 +25,12 @@ def watch(
             if kind == "row" and on_row is not None:
                 on_row(content)
             if kind == "progress":
-                show.put(str(content.get("text", "")), int(content.get("done") or 0), int(content.get("total") or 0))
+                shown.put(str(content.get("text", "")), int(content.get("done") or 0), int(content.get("total") or 0))
+
+
+def show(*, quiet: bool) -> _Lines:
+    """What shows progress here, as a context manager."""
+    return _Quiet() if quiet else _Bar() if sys.stderr.isatty() and tables.find_rich() else _Lines()
 
 
 def _share(text: str, done: int, total: int) -> str:

@@ -151,6 +151,17 @@ VERBS: dict[str, Verb] = {
             "setup", "", "install what is missing", "system:setup",
             (Option("-y --yes", FLAG, "do not ask"),),
         ),
+        Verb(
+            "cp", "ENV:PATH TARGET | SOURCE ENV:PATH", "copy files out of it, or into it (- : an archive)", "files:cp",
+            (Option("-a --archive", FLAG, "keep owners (default: root inside, you outside)"),
+             Option("-L --follow-link", FLAG, "what a link leads to, instead of the link"),
+             Option("-q --quiet", FLAG, "say nothing but what fails")), (2, 2),
+        ),
+        Verb(
+            "export", "ENV", "its whole root file system as an archive", "files:export",
+            (Option("-o --output", VALUE, "where to (default: standard output)", "FILE"),
+             Option("-q --quiet", FLAG, "say nothing but what fails")), (1, 1),
+        ),
         Verb("diff", "ENV", "what it has changed of its image", "changes:diff", (JSON,), (1, 1)),
         Verb(
             "commit", "ENV [NAME…]", "keep it as a new image", "changes:commit",

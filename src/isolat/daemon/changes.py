@@ -23,4 +23,4 @@ def commit(call: Call) -> Answer:
         change=tuple(args.texts("change")),
         pause=args.raw("pause", True) is not False,
     )
-    return changes.commit(call.engine, call.engine.find(args.text("env")), wanted, progress).to_json()
+    return changes.commit(call.engine, call.engine.find(args.text("env")), wanted, progress, call.gone).to_json()

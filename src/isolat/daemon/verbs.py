@@ -12,7 +12,7 @@ from dataclasses import asdict
 from isolat import __version__
 from isolat.daemon import archives as a
 from isolat.daemon import build as b
-from isolat.daemon import changes, transfer, upkeep
+from isolat.daemon import changes, files, transfer, upkeep
 from isolat.daemon import snapshots as s
 from isolat.daemon import templates as t
 from isolat.daemon import volumes as v
@@ -326,6 +326,9 @@ VERBS: dict[str, Callable[[Call], Answer]] = {
     "snapshots": s.snapshots,
     "snapshot_rm": s.snapshot_rm,
     "exec": exec_,
+    "copy_in": files.copy_in,
+    "copy_out": files.copy_out,
+    "export": files.export,
     "attach": attach,
     "ps": ps,
     "inspect": inspect,

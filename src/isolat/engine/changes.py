@@ -1,42 +1,45 @@
 """What an environment has changed of its image: told (`diff`), and kept as a new image (`commit`).
 
-Both read the overlay's upper directory, which lies on this machine for containers and plain processes; a machine's lies
-on its own disk, so it is refused. Every name is looked up in its directory's descriptor and never followed: whoever
-wrote these directories may have put links anywhere.
+Both are read from the overlay's upper directory, where that is, by a program of ours (native/layer.c): beside the
+keeper, or in the machine on whose disk it lies. It makes everything inside stand still and lets it go on, so a daemon
+that is killed meanwhile leaves nobody frozen. What it says of a machine's files is the machine's word: the layer goes
+through the same confined readers as one from a registry.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import shlex
-import stat
+import socket
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
+from isolat.client.streams import Pump
 from isolat.deadline import Deadline
 from isolat.engine import states
 from isolat.engine.environment import Environment
+from isolat.engine.files import running
 from isolat.engine.states import Verb
-from isolat.errors import StoreError, Unsupported
-from isolat.images import authoring
-from isolat.images.flatten.pack import pack
+from isolat.engine.supervisor import OPERATION_WAIT_S
+from isolat.errors import CopyFailed, Lost, StoreError, Unsupported
+from isolat.images import authoring, changes
 from isolat.images.image import Image
 from isolat.images.progress import Progress
-from isolat.layers import registry
-from isolat.linux import cgroup
-from isolat.places.base import CgroupMode
+from isolat.images.reference import parse_name
+from isolat.layers.files import SYSTEM, Copier, Writable
+from isolat.places.base import Place
+from isolat.places.steps import Cgroup
 
 if TYPE_CHECKING:
     from isolat.engine.engine import Engine
 
-OURS = ("etc/hostname", "etc/hosts", "etc/resolv.conf")  # what Isolat itself puts there (layers/container.py)
-_OPAQUE = ("trusted.overlay.opaque", "user.overlay.opaque")
-_FREEZE_S = 10.0
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_CHANGES_BYTES_MAX = 256 << 20
+_ARCHIVE_MORE_BYTES = 64 << 20  # names, owners and times of what takes no room on a disk
+_WORDS_MAX = 64 << 10
+_LOOK_S = 0.5
+_THAW_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -53,23 +56,31 @@ class Wanted:
 def diff(engine: Engine, env: Environment) -> list[tuple[str, str]]:
     """(A, C or D, path) as Docker's `diff` tells it, in the order of the paths."""
     states.check(Verb.DIFF, env.state, env.name)
-    upper = _upper(env)
-    lower = engine.images.mount(env.handle.digest)
-    with contextlib.ExitStack() as stack:
-        above = os.open(upper, _DIRECTORY)
-        stack.callback(os.close, above)
-        below = os.open(lower, _DIRECTORY)
-        stack.callback(os.close, below)
-        found = list(_differences(above, below, ""))
-    return sorted((one for one in found if one[1].lstrip("/") not in OURS), key=lambda one: one[1])
+    told = bytearray()
+
+    def take(data: bytes) -> None:
+        if len(told) + len(data) > _CHANGES_BYTES_MAX:
+            raise CopyFailed(f"{env.name} has changed more than can be told")
+        told.extend(data)
+
+    with _held(env, Verb.DIFF), engine.reaching.writable(env) as (copier, writable):
+        _read(engine, env, copier, writable, "--changes", take, freeze=False)
+    entries = (entry.decode("utf-8", "surrogateescape") for entry in bytes(told).split(b"\0") if entry)
+    return sorted(((entry[:1], f"/{entry[1:]}") for entry in entries), key=lambda one: one[1])
 
 
-def commit(engine: Engine, env: Environment, wanted: Wanted, progress: Progress) -> Image:
-    """The environment's image with one more layer. Raises Unsupported, UsageError, and what the store raises."""
+def commit(
+    engine: Engine, env: Environment, wanted: Wanted, progress: Progress, gone: Callable[[], bool] = lambda: False
+) -> Image:
+    """The environment's image with one more layer. Raises Unsupported, UsageError, and what the store raises.
+
+    ``gone``: nobody waits for it any more.
+    """
     states.check(Verb.COMMIT, env.state, env.name)
-    upper = _upper(env)
-    base = engine.images.resolve(env.handle.digest)
-    shift = engine.uid_base(env.handle.uid_index) if _own_uids(env) else 0
+    for name in wanted.names:
+        parse_name(name)
+    changes.apply({}, wanted.change)
+    base = engine.images.resolve(env.handle.digest) if env.handle.digest else None
     main = env.handle.frames[-1].main
     step = authoring.Step(
         created_by=shlex.join(main.argv) if main else "",
@@ -77,10 +88,10 @@ def commit(engine: Engine, env: Environment, wanted: Wanted, progress: Progress)
         author=wanted.author,
         comment=wanted.message,
     )
-    with env.operation("committing"), engine.images.build() as build:
-        progress(f"reading what {env.name} has changed", 0, 0)
-        with _standing_still(engine, env) if wanted.pause and env.state.alive else contextlib.nullcontext():
-            layer = authoring.make_layer(build, lambda out: pack(upper, out, uid_shift=shift, overlay=True, skip=OURS))
+    with engine.images.build() as build:
+        with _held(env, Verb.COMMIT), engine.reaching.writable(env) as (copier, writable):
+            write = _Layer(engine, env, copier, writable, wanted.pause and env.state.alive, progress, gone)
+            layer = authoring.make_layer(build, write)
         image = authoring.derive(
             engine.images, build, base, layer, step, wanted.names, change=wanted.change, progress=progress
         )
@@ -88,118 +99,117 @@ def commit(engine: Engine, env: Environment, wanted: Wanted, progress: Progress)
     return image
 
 
-def _upper(env: Environment) -> Path:
-    """Raises Unsupported where the changes are not on this machine."""
-    layers = (frame.layer for frame in env.handle.frames)
-    machine = next((name for name in layers if registry.LAYERS[name].capabilities.machine), "")
-    if machine or env.handle.around is not None:
-        raise Unsupported(
-            f"what {env.name} has changed lies on the disk of a machine ({machine or 'the one that it is in'})",
-            hint="a snapshot keeps it: isolat snapshot; or do the same in a container, and commit that",
-        )
-    upper = Path(env.handle.upper or env.directory / "upper") / "u"
-    if not upper.is_dir() or not env.handle.digest:
-        raise Unsupported(f"{env.name} has nothing that could be looked at: it was not made of an image, or has gone")
-    return upper
-
-
-def _own_uids(env: Environment) -> bool:
-    return any(registry.LAYERS[frame.layer].capabilities.own_uids for frame in env.handle.frames)
-
-
-# standing still
-
-
 @contextlib.contextmanager
-def _standing_still(engine: Engine, env: Environment) -> Iterator[None]:
-    """Freeze its control group (freezer-subsystem.rst; cgroup-v2.rst, cgroup.freeze). Raises StoreError."""
-    file, on, off, told = _freezer(engine, env)
-    if file is None:
+def _held(env: Environment, verb: Verb) -> Iterator[None]:
+    """Looking at what runs is held back by nothing; all else is one operation."""
+    if verb is Verb.DIFF and env.state.alive:
         yield
         return
-    try:
-        file.write_text(on)
-        d = Deadline(_FREEZE_S)
-        while told not in file.with_name(_state_file(file)).read_text():
-            if d.passed:
-                raise StoreError(
-                    f"{env.name} does not stand still",
-                    stage="commit",
-                    hint="isolat commit --pause=false takes it as it is",
-                )
-            time.sleep(0.01)
+    with env.operation(f"{verb}", Deadline(OPERATION_WAIT_S)):
+        states.check(verb, env.state, env.name)
         yield
+
+
+@dataclass
+class _Layer:
+    """Writes the layer into a build, no more than its disk could hold, and says how far it is."""
+
+    engine: Engine
+    env: Environment
+    copier: Copier
+    writable: Writable
+    freeze: bool
+    progress: Progress
+    gone: Callable[[], bool]
+
+    def __call__(self, out: BinaryIO) -> None:
+        done, looked_s = 0, 0.0
+        most = 2 * self.env.spec.disk_bytes + _ARCHIVE_MORE_BYTES
+
+        def take(data: bytes) -> None:
+            nonlocal done, looked_s
+            done += len(data)
+            if done > most:
+                raise CopyFailed(f"what {self.env.name} has written is more than its disk could hold")
+            if time.monotonic() - looked_s > _LOOK_S:
+                looked_s = time.monotonic()
+                if self.gone():
+                    raise CopyFailed("nobody waits for the new image any more")
+                self.progress(f"reading what {self.env.name} has changed", done, 0)
+            out.write(data)
+
+        _read(self.engine, self.env, self.copier, self.writable, "--layer", take, freeze=self.freeze)
+
+
+def _read(
+    engine: Engine,
+    env: Environment,
+    copier: Copier,
+    writable: Writable,
+    how: str,
+    take: Callable[[bytes], object],
+    *,
+    freeze: bool,
+) -> None:
+    """All that the program says goes to ``take``, whose exceptions come through."""
+    if freeze and not writable.freezer:
+        raise Unsupported(
+            f"{env.name} can't be made to stand still: it has no control group", hint="isolat commit --pause=false"
+        )
+    frozen = ("--freeze", writable.freezer) if freeze else ()
+    skipped = [word for path in writable.own for word in ("--own", path)]
+    skipped += [word for path in _mounted(engine, env) for word in ("--mount", path)]
+    words = (how, "--shift", str(writable.shift), *frozen, *skipped, writable.upper, writable.lower)
+    try:
+        with running(env, copier, words, stdin=False) as ours:
+            listen(ours, take)
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            file.write_text(off)
+        if freeze:
+            _thaw(copier.place, writable.freezer)
 
 
-def _freezer(engine: Engine, env: Environment) -> tuple[Path | None, str, str, str]:
-    facts = engine.facts.cgroups
-    path = f"{engine.paths.cgroup}/{env.id}"
-    if facts.mode is CgroupMode.V2:
-        (directory,) = cgroup.directories(facts, path)
-        return Path(directory) / "cgroup.freeze", "1", "0", "frozen 1"
-    for directory in cgroup.directories(facts, path, ("freezer",)):
-        if (Path(directory) / "freezer.state").exists():
-            return Path(directory) / "freezer.state", "FROZEN", "THAWED", "FROZEN"
-    return None, "", "", ""
+def listen(sock: socket.socket, take: Callable[[bytes], object]) -> None:
+    """What a program writes, to its end. Raises CopyFailed with its words where it fails, Lost where it is gone."""
+    words = bytearray()
+    failed: list[BaseException] = []
+
+    def output(stream: int, data: bytes) -> None:
+        if stream == 2:
+            words.extend(data[: max(0, _WORDS_MAX - len(words))])
+        elif not failed:
+            try:
+                take(data)
+            except BaseException as error:
+                failed.append(error)
+                sock.shutdown(socket.SHUT_RDWR)
+
+    ending = Pump(sock, on_output=output).run()
+    if failed:
+        raise failed[0]
+    if ending.kind == "lost":
+        raise Lost(ending.message)
+    if ending.kind != "exited" or ending.code:
+        lines = words.decode("utf-8", "backslashreplace").splitlines() or [ending.message]
+        raise CopyFailed(lines[-1].removeprefix("isolat-agent: "), details=tuple(lines[:-1][-20:]))
 
 
-def _state_file(file: Path) -> str:
-    return "cgroup.events" if file.name == "cgroup.freeze" else file.name
+def _thaw(place: Place, file: str) -> None:
+    """The program has done that, unless it was killed. Doing it again is fine."""
+    directory, _, name = file.rpartition("/")
+    with contextlib.suppress(Exception):
+        step = Cgroup((directory,), ((file, "THAWED" if name == "freezer.state" else "0"),))
+        place.carry_out([step], Deadline(_THAW_S))
 
 
-# what differs
-
-
-def _differences(above: int, below: int | None, prefix: str) -> Iterator[tuple[str, str]]:
-    for name in sorted(os.listdir(above)):
-        found = os.lstat(name, dir_fd=above)
-        before = _found(below, name)
-        path = f"{prefix}/{name}"
-        if stat.S_ISCHR(found.st_mode) and found.st_rdev == 0:
-            if before is not None:
-                yield "D", path
-            continue
-        yield ("A" if before is None else "C"), path
-        if stat.S_ISDIR(found.st_mode):
-            yield from _inside(above, below, name, path, before)
-
-
-def _inside(
-    above: int, below: int | None, name: str, path: str, before: os.stat_result | None
-) -> Iterator[tuple[str, str]]:
-    with contextlib.ExitStack() as stack:
-        inner = os.open(name, _DIRECTORY, dir_fd=above)
-        stack.callback(os.close, inner)
-        lower = None
-        if below is not None and before is not None and stat.S_ISDIR(before.st_mode):
-            lower = os.open(name, _DIRECTORY, dir_fd=below)
-            stack.callback(os.close, lower)
-        if lower is not None and _is_opaque(inner):
-            yield from (("D", f"{path}/{gone}") for gone in _gone(inner, lower))
-        yield from _differences(inner, lower, path)
-
-
-def _found(directory: int | None, name: str) -> os.stat_result | None:
-    if directory is not None:
-        with contextlib.suppress(FileNotFoundError):
-            return os.lstat(name, dir_fd=directory)
-    return None
-
-
-def _gone(above: int, below: int) -> Collection[str]:
-    """What a directory that was made anew has not any more."""
-    return sorted(set(os.listdir(below)) - set(os.listdir(above)))
-
-
-def _is_opaque(directory: int) -> bool:
-    for name in _OPAQUE:
-        with contextlib.suppress(OSError):
-            if os.getxattr(directory, name) == b"y":
-                return True
-    return False
+def _mounted(engine: Engine, env: Environment) -> Iterator[str]:
+    """Where something is mounted inside: below the root, without a slash in front."""
+    yield from SYSTEM
+    targets = [volume.target for volume in env.spec.volumes] + [tmpfs.target for tmpfs in env.spec.tmpfs]
+    with contextlib.suppress(StoreError):
+        image = engine.images.find(env.handle.digest)
+        targets += [target for _, target in image.binds] if image else []
+    for target in targets:
+        yield target.strip("/")
 
 
 def lines(found: Sequence[tuple[str, str]]) -> list[dict[str, str]]:

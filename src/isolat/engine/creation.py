@@ -266,7 +266,7 @@ def _left_by_machine(job: Job) -> Job:
             cpus=DEFAULT_CPUS,
             disk_bytes=DEFAULT_DISK_BYTES,
         ),
-        after=volumes.after(job, microvm.VOLUMES, microvm.INNER_GROUP),
+        after=volumes.after(job, microvm.VOLUMES, microvm.INNER_GROUP, microvm.DISK),
     )
 
 

@@ -28,14 +28,16 @@ from isolat.engine.creation import boot_id
 from isolat.engine.endings import Endings
 from isolat.engine.environment import Environment
 from isolat.engine.events import Event
+from isolat.engine.files import Files
 from isolat.engine.hosting import Hosting
 from isolat.engine.index import Index
 from isolat.engine.inner import InnerMaker
-from isolat.engine.journal import log_defect
+from isolat.engine.journal import log, log_defect
 from isolat.engine.keepers import Keepers
 from isolat.engine.kits import Kits
 from isolat.engine.maker import START_S, Caller, Maker, adopt
 from isolat.engine.paths import StateRoot, native_dir
+from isolat.engine.reaching import Reaching
 from isolat.engine.recovery import Recovery
 from isolat.engine.snapshots import Snapshot, Snapshots
 from isolat.engine.states import Verb
@@ -132,6 +134,8 @@ class Engine:
             group_id(),
             warm,
         )
+        self.reaching = Reaching(self.facts, self._keepers, self.images, self._maker)
+        self.files = Files(self.reaching)
         hosting = Hosting(self.facts, self.table, self.images, self.kits)
         self._inner = InnerMaker(self.facts, self.table, self._supervisor, self._maker, hosting)
         self._copying = Copying(
@@ -153,6 +157,8 @@ class Engine:
             if env.state.alive:
                 self._supervisor.rejoin(env, recovery)
                 self._copying.mend(env)
+            else:
+                self._close_opened(env)
         known = {*(env.id for env in self.table.all()), *recovery.unread}
         for index in recovery.unread.values():
             self.table.keep_uids(index)
@@ -166,6 +172,12 @@ class Engine:
         for env in self.table.all():
             if env.handle.remove and not env.state.alive:
                 self._supervisor.workers.submit(lambda env=env: self._supervisor.remove(env))  # type: ignore[misc]
+
+    def _close_opened(self, env: Environment) -> None:
+        try:
+            self.reaching.mend(env)
+        except (IsolatError, OSError) as error:
+            log(f"{env.name}: what was left open when it was copied from stays for now: {error}")
 
     def close(self) -> None:
         """Let go of everything; environments go on under their keepers, builds end."""

@@ -44,12 +44,17 @@ def innermost(env: Environment, facts: Facts) -> Place:
     return place
 
 
+def at(env: Environment, facts: Facts, n: int) -> Place:
+    """The place that its layer number ``n``, from the hardware up, is in."""
+    place = outermost(env, facts)
+    for frame in env.handle.frames[:n]:
+        place = _inside(frame, place)
+    return place
+
+
 def last(env: Environment, facts: Facts) -> tuple[Layer, Place]:
     """The last layer and the place it is in."""
-    place = outermost(env, facts)
-    for frame in env.handle.frames[:-1]:
-        place = _inside(frame, place)
-    return registry.LAYERS[env.handle.frames[-1].layer], place
+    return registry.LAYERS[env.handle.frames[-1].layer], at(env, facts, len(env.handle.frames) - 1)
 
 
 def _inside(frame: Frame, place: Place) -> Place:

@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from isolat.checkpoint import checkpoint
 from isolat.deadline import Deadline
@@ -64,6 +65,8 @@ from isolat.trace import mark
 
 START_S = float(os.environ.get("ISOLAT_START_S", "60"))  # tests shorten it
 _PROBE_KEPT_S = 300.0
+_OPENED_BYTES = 256 << 20
+_MACHINE = "microvm"
 
 
 @dataclass(frozen=True)
@@ -318,6 +321,35 @@ class Maker:
             # Logs and exit records are the group's to read, through a descriptor: it is equivalent to root.
             os.chown(env.directory, 0, self._group)
             env.directory.chmod(0o2711)
+
+    def around_disk(self, env: Environment, directory: Path, d: Deadline) -> Planned:
+        """A machine for the disk of one that has ended: booted, as small as it can be, with nothing of anybody in it.
+
+        ``directory``: its own. Raises Refused where this machine should not take it.
+        """
+        options = {**dict(env.spec.options), _MACHINE: {"template": False, "park_s": 0}}
+        spec = Spec(
+            env.handle.digest,
+            layers=env.spec.layers[:1],
+            memory_bytes=min(env.spec.memory_bytes, _OPENED_BYTES),
+            disk_bytes=env.spec.disk_bytes,
+            accel=env.spec.accel,
+            kernel=env.spec.kernel,
+            options=tuple(options.items()),
+        )
+        admission.check(spec, self._facts.memory_bytes, self._facts.cpus, self._paths.root)
+        request = self._request(spec, {}, Caller(), "", env.name, env.handle.uid_index, self._kit(spec))
+        job = outer_job(replace(request, id=env.id), self.nowhere(), self._paths, ())
+        layer = registry.resolve(spec.layers)[0]
+        plan = layer.plan(replace(job, dir=str(directory)), self.probe(layer, self.nowhere(), d))
+        descriptors = tuple(
+            replace(one, source=Source.FILE, path=f"{env.directory}/{Path(one.path).name}")
+            if one.source is Source.DISK
+            else one
+            for one in plan.descriptors
+        )
+        plan = replace(plan, descriptors=descriptors)
+        return Planned(layer, plan, frame_of(layer, plan, last=False))
 
     def _request(
         self,

@@ -24,6 +24,8 @@ class Verb(StrEnum):
     RUN_IN = "run --in"
     DIFF = "diff"
     COMMIT = "commit"
+    COPY = "cp"
+    EXPORT = "export"
 
 
 _ALWAYS = frozenset(State)
@@ -46,6 +48,8 @@ LEGAL: dict[Verb, frozenset[State]] = {
     Verb.RUN_IN: _RUNNING,
     Verb.DIFF: _RUNNING | _ENDED,
     Verb.COMMIT: _RUNNING | _ENDED,
+    Verb.COPY: _RUNNING | _ENDED,
+    Verb.EXPORT: _RUNNING | _ENDED,
 }
 
 _HINTS: dict[Verb, str] = {

@@ -55,6 +55,8 @@ class Capabilities:
     machine: bool = False  # it needs what machines are made of (MachineKit)
     boots: bool = False  # it boots the image itself, which must hold an init
     screen: bool = False  # CanShow
+    copies: bool = False  # layers/files.py, CanCopy
+    apart: bool = False  # what it writes is kept apart from its image, and when it has ended: layers/files.py, CanKeep
     hosts: bool = False  # CanHost
 
 

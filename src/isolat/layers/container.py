@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from isolat.deadline import Deadline
 from isolat.errors import IsolatError, Unsupported
-from isolat.layers import common
+from isolat.layers import common, files
 from isolat.layers.base import Boundary, Capabilities, Frame, Job, Layer, Plan, Probe
 from isolat.linux import cgroup
 from isolat.oci.config import SHM_BYTES, Bind, Bundle, Memory, config_text, device_rules
@@ -59,6 +59,8 @@ class ContainerLayer(Layer):
         users=True,
         hostname=True,
         own_uids=True,
+        copies=True,
+        apart=True,
     )
 
     def probe(self, place: Place, d: Deadline) -> Probe:
@@ -105,6 +107,18 @@ class ContainerLayer(Layer):
             memory_bytes=outer.memory_bytes,
         )
         return place.inside(frame.guest_key, facts)
+
+    # its files
+
+    def copier(self, frame: Frame, place: Place, agent: str) -> files.Copier:
+        return files.Copier(self.inside(frame, place), f"{INSIDE_LIBEXEC}/{INIT}")
+
+    def root(self, frame: Frame, *, write: bool) -> files.Root:
+        files.check_kept(frame)
+        return files.overlay_of(frame).again(write=write)
+
+    def writable(self, frame: Frame, facts: Facts) -> files.Writable:
+        return files.of_overlay(frame, facts, files.NAMES)
 
 
 def _probe(facts: Facts, d: Deadline) -> Probe:

@@ -11,10 +11,10 @@ from typing import ClassVar
 
 from isolat.deadline import Deadline
 from isolat.errors import InternalError
-from isolat.layers import common
+from isolat.layers import common, files
 from isolat.layers.base import Boundary, Capabilities, Frame, Job, Layer, Plan, Probe
 from isolat.linux import cgroup
-from isolat.places.base import CgroupMode, Needs, Place
+from isolat.places.base import CgroupMode, Facts, Needs, Place
 from isolat.places.rooted import RootedPlace
 from isolat.places.steps import (
     MOUNT_ATTR_NODEV,
@@ -49,6 +49,8 @@ class HostLayer(Layer):
         volumes=True,
         read_only=True,
         users=True,
+        copies=True,
+        apart=True,
     )
 
     def probe(self, place: Place, d: Deadline) -> Probe:
@@ -90,6 +92,18 @@ class HostLayer(Layer):
         if frame.main is None:
             raise InternalError("the host layer was entered without an application: it can't be part of a stack")
         return RootedPlace(place, frame.main.root, frame.main.cgroup_files)
+
+    # its files
+
+    def copier(self, frame: Frame, place: Place, agent: str) -> files.Copier:
+        return files.Copier(place, agent, ("--root", files.overlay_of(frame).at))
+
+    def root(self, frame: Frame, *, write: bool) -> files.Root:
+        files.check_kept(frame)
+        return files.overlay_of(frame).again(write=write)
+
+    def writable(self, frame: Frame, facts: Facts) -> files.Writable:
+        return files.of_overlay(frame, facts, ())
 
 
 def _cgroup(job: Job) -> tuple[Step, ...]:

@@ -36,7 +36,7 @@ from isolat.errors import (
 )
 from isolat.guest import blank
 from isolat.guest.kernel import KERNEL_ARGUMENTS
-from isolat.layers import common, copies, hosting, machines, volumes
+from isolat.layers import common, copies, files, hosting, machines, volumes
 from isolat.layers.base import (
     GUEST,
     Boundary,
@@ -108,6 +108,8 @@ class MicrovmLayer(Layer):
         machine=True,
         snapshot=True,
         hosts=True,
+        copies=True,
+        apart=True,
     )
 
     def probe(self, place: Place, d: Deadline) -> Probe:
@@ -241,6 +243,18 @@ class MicrovmLayer(Layer):
 
     def leave_bare(self, frame: Frame, place: Place, d: Deadline) -> None:
         hosting.leave_bare(frame, place, TOOLS, INSIDE, d)
+
+    # its files
+
+    def copier(self, frame: Frame, place: Place, agent: str) -> files.Copier:
+        return files.Copier(place.inside(GUEST, place.facts), files.AGENT_INSIDE, ("--root", ROOT))
+
+    def root(self, frame: Frame, *, write: bool) -> files.Root:
+        return files.Overlay(ROOT, IMAGE, f"{DISK}/u", IMAGE).again(write=write)
+
+    def writable(self, frame: Frame, facts: Facts) -> files.Writable:
+        own = (*files.NAMES, "etc/machine-id")
+        return files.Writable(f"{DISK}/u", IMAGE, own=own, freezer=f"{GROUP}/cgroup.freeze")
 
     # the end
 
@@ -404,7 +418,7 @@ def _descriptors(job: Job, kit: MachineKit, template: TemplatePlan | None) -> tu
 
 
 def _main(job: Job) -> Command:
-    after = volumes.after(job, VOLUMES, GROUP)
+    after = volumes.after(job, VOLUMES, GROUP, DISK)
     return replace(common.main(job, common.hostname(job)), root=ROOT, cgroup_files=_join(), after=after)
 
 

@@ -21,7 +21,7 @@ from typing import ClassVar
 from isolat.deadline import Deadline
 from isolat.errors import DeadlineExceeded, InternalError, IsolatError, Unsupported
 from isolat.images import disk
-from isolat.layers import common, machines
+from isolat.layers import common, files, machines
 from isolat.layers.base import (
     GUEST,
     Boundary,
@@ -61,6 +61,7 @@ class VmLayer(Layer):
         machine=True,
         boots=True,
         screen=True,
+        copies=True,
     )
 
     def probe(self, place: Place, d: Deadline) -> Probe:
@@ -133,6 +134,9 @@ class VmLayer(Layer):
 
     def inside(self, frame: Frame, place: Place) -> Place:
         return place.inside(GUEST, _facts(place.facts))
+
+    def copier(self, frame: Frame, place: Place, agent: str) -> files.Copier:
+        return files.Copier(self.inside(frame, place), f"/{disk.AGENT}")
 
     def screenshot(self, frame: Frame, place: Place, fd: int, d: Deadline) -> None:
         with machine.monitor(place, d) as qmp:

@@ -73,10 +73,14 @@ def bind_steps(job: Job, at: str, root: str) -> tuple[Step, ...]:
     )
 
 
-def after(job: Job, at: str, group: str) -> tuple[str, ...]:
-    """What the agent does when the application has ended: end what is left in ``group``, and pack."""
+def after(job: Job, at: str, group: str, disk: str) -> tuple[str, ...]:
+    """What the agent does when the application has ended: end what is left in ``group`` and pack; and write to the
+    disk what is still in memory, where somebody may want to see that: the machine is killed next.
+    """
     names = tuple(str(n) for n in _writable(job))
-    return (_AGENT, "--pack", f"/dev/{DEVICE}", at, str(job.spec.disk_bytes), group, *names) if names else ()
+    pack = ("--pack", f"/dev/{DEVICE}", at, str(job.spec.disk_bytes), group, *names) if names else ()
+    flush = () if job.spec.remove else ("--flush", disk)
+    return (_AGENT, *flush, *pack) if flush or pack else ()
 
 
 def inner(job: Job, at: str) -> tuple[Volume, ...]:

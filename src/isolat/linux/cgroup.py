@@ -132,6 +132,17 @@ def join_files(facts: CgroupFacts, path: str) -> tuple[str, ...]:
     return tasks_files(facts, path, PLAIN_V1)
 
 
+def freezer(facts: CgroupFacts, directories: Iterable[str]) -> str:
+    """The file by which the group of these directories is made to stand still; empty where there is none.
+
+    cgroup-v1/freezer-subsystem.rst; cgroup-v2.rst, cgroup.freeze.
+    """
+    mount = facts.mount(UNIFIED) if facts.mode is CgroupMode.V2 else facts.mount("freezer")
+    name = "cgroup.freeze" if facts.mode is CgroupMode.V2 else "freezer.state"
+    found = (path for path in directories if mount and path.startswith(f"{mount}/"))
+    return next((f"{path}/{name}" for path in found), "")
+
+
 def device_writes(facts: CgroupFacts, path: str, allowed: Iterable[str]) -> tuple[tuple[str, str], ...]:
     """Deny every device, then allow these (cgroup-v1/devices): what an OCI runtime does where it makes the group."""
     mount = dict(hierarchies(facts)).get("devices")
