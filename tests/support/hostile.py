@@ -6,6 +6,7 @@ import contextlib
 import http.server
 import io
 import json
+import subprocess
 import tarfile
 import threading
 import time
@@ -127,3 +128,9 @@ def put_manifest(address: str, repository: str, tag: str, kind: str, data: bytes
     url = f"http://{address}/v2/{repository}/manifests/{tag}"
     request = urllib.request.Request(url, data=data, method="PUT", headers={"Content-Type": kind})
     urllib.request.urlopen(request, timeout=10).close()
+
+
+def copy(source: str, target: str, *options: str) -> None:
+    """skopeo itself, as anybody may use it."""
+    command = ["skopeo", "--insecure-policy", "copy", "--dest-tls-verify=false", *options, source, target]
+    subprocess.run(command, check=True, capture_output=True)
