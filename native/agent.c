@@ -4,6 +4,7 @@
    --service         a service of a whole operating system
    --fd 3            an ordinary process, its controller on descriptor 3 (tests)
    --tsc-khz         print how fast this machine's time stamp counter runs
+   --nothing, --ahead: what only warms up (ahead.c)
    --unpack, --bind, --pack: a machine's volumes (volumes.c)
    --copy-out, --copy-in, --layer, --changes: an environment's files (copy.c, layer.c) */
 #include "machine.h"
@@ -34,6 +35,8 @@ static void serve(int fd)
     node.holds = true;
     node.after = true;
     node.on_machine = machine_request;
+    node.on_spawn = exercise_learn;
+    node.on_turn = exercise_turn;
     prctl(PR_SET_DUMPABLE, 0); /* what runs beside us may be root: it shall not look into us */
     if (!node.pid1)
         prctl(PR_SET_CHILD_SUBREAPER, 1);
@@ -61,14 +64,14 @@ int main(int argc, char **argv)
         quiet_stdin();
         serve(CONTROL_FD);
     } else {
-        int (*const programs[])(int, char **) = {volumes_main, copy_main, layer_main};
+        int (*const programs[])(int, char **) = {volumes_main, copy_main, layer_main, ahead_main};
         for (size_t i = 0; i < LEN(programs); i++) {
             int code = programs[i](argc, argv);
             if (code >= 0)
                 return code;
         }
-        dprintf(2, "usage: isolat-agent --service | --fd 3 | --tsc-khz | --unpack | --bind | --pack | --copy-out |"
-                   " --copy-in | --layer | --changes (or as PID 1 of a machine)\n");
+        dprintf(2, "usage: isolat-agent --service | --fd 3 | --tsc-khz | --nothing | --ahead | --unpack | --bind | --pack |"
+                   " --copy-out | --copy-in | --layer | --changes (or as PID 1 of a machine)\n");
         return EXIT_USAGE;
     }
     return 0;

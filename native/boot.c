@@ -19,6 +19,7 @@
 
 #define PORT_NAME "isolat"
 #define PORTS "/sys/class/virtio-ports"
+#define BLOCKS "/sys/block"
 #define MODULES "/modules"
 #define TOOLS "run/isolat/tools"
 
@@ -147,6 +148,21 @@ static void mount_rest(void)
         tell("control groups: %s", strerror(errno));
 }
 
+/* Each disk is a file of the host's, which sorts what it is asked for itself. */
+static void leave_order_to_host(void)
+{
+    DIR *d = opendir(BLOCKS);
+    if (!d)
+        return;
+    for (struct dirent *e; (e = readdir(d));) {
+        char path[sizeof BLOCKS + 64];
+        snprintf(path, sizeof path, BLOCKS "/%.32s/queue/scheduler", e->d_name);
+        if (e->d_name[0] == 'v' && !write_file(path, "none"))
+            tell("%s: %s", path, strerror(errno));
+    }
+    closedir(d);
+}
+
 static void make_root(void)
 {
     umask(022);
@@ -155,6 +171,7 @@ static void make_root(void)
     mount_at("proc", "/proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL);
     mount_at("sysfs", "/sys", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL);
     load_modules();
+    leave_order_to_host();
     forget_initramfs();
     move_to_real_root();
     mount_rest();

@@ -2,6 +2,7 @@
    the frequency of its time stamp counter. */
 #include "machine.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <net/if.h>
@@ -66,8 +67,12 @@ static bool forget_blocks(const char *device, Failure *f)
     return fine;
 }
 
+/* Once: a template brings it up for its clones. What is done with it later is the business of whoever does it. */
 static bool loopback_up(Failure *f)
 {
+    static bool done;
+    if (done)
+        return true;
     struct ifreq r = {.ifr_name = "lo"};
     int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
     if (fd < 0)
@@ -76,7 +81,7 @@ static bool loopback_up(Failure *f)
     r.ifr_flags |= IFF_UP;
     fine = (fine && !ioctl(fd, SIOCSIFFLAGS, &r)) || failed(f, "lo");
     close(fd);
-    return fine;
+    return done = fine;
 }
 
 /* The template's address travels in the saved state of the network card, so every clone has it (virtio-net). A machine
@@ -123,19 +128,44 @@ static bool resume(Span body, Failure *f)
     return loopback_up(f);
 }
 
-/* Twice: inodes that the first pass frees let go of pages and of blocks that only the second can take. */
-static void settle(void)
+/* What was read of a disk before it was the clone's. */
+static void forget_disks(void)
 {
-    sync();
-    for (int i = 0; i < 2; i++)
-        write_file("/proc/sys/vm/drop_caches", "3");
+    Failure ignored;
+    DIR *d = opendir("/sys/block");
+    for (struct dirent *e; d && (e = readdir(d));) {
+        char path[64];
+        snprintf(path, sizeof path, "/dev/%.32s", e->d_name);
+        if (e->d_name[0] == 'v')
+            forget_blocks(path, &ignored);
+    }
+    if (d)
+        closedir(d);
 }
 
-static void answer_idle(Peer *who, uint32_t id)
+/* Twice: inodes that the first pass frees let go of pages and of blocks that only the second can take. */
+static void settle(bool keeps_cache)
+{
+    Failure ignored;
+    loopback_up(&ignored);
+    sync();
+    for (int i = 0; i < 2 && !keeps_cache; i++)
+        write_file("/proc/sys/vm/drop_caches", "3");
+    if (!keeps_cache)
+        forget_disks();
+}
+
+void idle_answer(Peer *who, uint32_t id)
 {
     Buf body = {0};
     put_int(&body, T_COUNT, idle_ms());
     peer_reply(who, K_OK, id, &body);
+}
+
+static void answer_idle(Peer *who, const Frame *f)
+{
+    if (field_int(f->body, T_OP, 0) != 1 || idle_ms() != -1 || !exercise(who, f->id))
+        idle_answer(who, f->id);
 }
 
 static void answer_resume(Peer *who, const Frame *f)
@@ -153,7 +183,7 @@ static void answer_resume(Peer *who, const Frame *f)
 bool machine_request(Peer *who, Frame *f)
 {
     if (f->kind == K_IDLE) {
-        answer_idle(who, f->id);
+        answer_idle(who, f);
     } else if (f->kind != K_RESUME && f->kind != K_SETTLE) {
         return false;
     } else if (!machine_is_ours) {
@@ -161,7 +191,7 @@ bool machine_request(Peer *who, Frame *f)
     } else if (f->kind == K_RESUME) {
         answer_resume(who, f);
     } else {
-        settle();
+        settle(field_int(f->body, T_OP, 0) == 1);
         reply_ok(who, f->id);
     }
     return true;

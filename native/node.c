@@ -209,6 +209,8 @@ void node_run(void)
         int64_t now = ticks_ms();
         proc_tick(now, &timeout);
         look_again(&timeout);
+        if (node.on_turn)
+            node.on_turn();
         if (node.keeper && !node.quitting)
             keeper_turn(now, &timeout);
         if (node.quitting)

@@ -78,6 +78,7 @@ struct Proc {
     int64_t spoke_ms, park_ms, park_wait_ms;
     uint8_t parked;     /* Parking */
     uint32_t asked;     /* the number of the latest IDLE */
+    bool exercised;     /* something was started in it besides MAIN, if only for the exercise */
     uint32_t hushed_by; /* the controller that keeps its channel silent, by its serial */
     int64_t grace_ms, kill_by_ms; /* for its own end after MAIN's; 0: none */
     char **after;    /* what is done between its end and telling it; NULL: nothing */
@@ -99,6 +100,8 @@ typedef struct {
     int64_t quit_by_ms, idle_since_ms;
     Waiter quitter;
     bool (*on_machine)(Peer *who, Frame *f); /* the agent's: RESUME, SETTLE, IDLE; false: not for it */
+    void (*on_spawn)(const Command *c); /* the agent's, of what is neither a guest nor a launcher */
+    void (*on_turn)(void);
     int64_t idle_ms;     /* how long a keeper stays without MAIN and without a controller */
     int dir;             /* the keeper's DIR, else -1 */
     int home_mounts;     /* the mount namespace that the keeper came from, else -1 */

@@ -36,8 +36,13 @@ static void ask(Proc *g)
 {
     g->asked = PARK_IDS | ((g->asked + 1) & (PARK_IDS_MASK >> 1));
     Frame f = {.kind = K_IDLE, .id = g->asked};
+    Buf body = {0};
+    if (!g->exercised)
+        put_int(&body, T_OP, 1);
+    f.body = buf_span(&body);
     g->parked = ASKED;
     peer_send(g->control, &f);
+    buf_free(&body);
 }
 
 bool park_answer(Proc *g, const Frame *f)
@@ -48,6 +53,7 @@ bool park_answer(Proc *g, const Frame *f)
         return true; /* somebody has said something meanwhile */
     if (f->kind == K_OK && field_int(f->body, T_COUNT, 0) == -1 && !kill(g->pid, SIGSTOP)) {
         g->parked = PARKED;
+        g->exercised = true;
         return true;
     }
     g->parked = AWAKE;

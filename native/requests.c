@@ -130,6 +130,8 @@ static bool spawn_local(Proc *p, Frame *f, Failure *failure)
     c.spaces = (int)field_int(f->body, T_SPACES, 0) & SPACES;
     if (!held_into(f, &c, failure))
         return false;
+    if (node.on_spawn && !(p->flags & (F_CONTROL | F_LAUNCHER)))
+        node.on_spawn(&c);
     if (p->flags & F_LAUNCHER)
         p->pidfile = strdup(field_text(f->body, T_PIDFILE));
     if (p->flags & F_FDS)
@@ -180,6 +182,7 @@ static bool spawn_remote(Proc *p, Frame *f, const char *to, Failure *failure)
     }
     p->guest = guest;
     p->state = STARTING;
+    guest->exercised |= !(p->flags & F_MAIN);
     if (forward(guest, rest, f, NULL, 0, p, flags))
         return true;
     failure_set(failure, "guest", EAGAIN, 0, "too much is asked of this guest");

@@ -24,6 +24,12 @@
 #define SYS_close_range 436
 #endif
 #define CLOSE_RANGE_SETS_CLOEXEC 4
+/* clone3(2), which musl's headers lack */
+#define NR_CLONE3 435
+#define INTO_CGROUP 0x200000000ull
+struct birth {
+    uint64_t flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls, set_tid, set_tid_size, cgroup;
+};
 
 enum { OWN_FDS = 64 }; /* in the child: above all that it is to have */
 
@@ -146,9 +152,9 @@ static bool own_proc(const Command *c, Failure *f)
     return false;
 }
 
-static bool enter_place(const Command *c, Failure *f)
+static bool enter_place(const Command *c, bool grouped, Failure *f)
 {
-    for (char **g = c->cgroups; g && *g; g++)
+    for (char **g = c->cgroups; g && *g && !grouped; g++)
         if (!write_file(*g, "0")) {
             failure_set(f, "cgroup", errno, 0, "cgroup: \"%.200s\": %s", *g, strerror(errno));
             return false;
@@ -214,18 +220,20 @@ static bool is_orphan(const Command *c, pid_t parent, int report)
     return c->spaces & CLONE_NEWPID ? poll(&reader, 1, 0) != 0 : getppid() != parent;
 }
 
-static void child(const Command *c, pid_t parent, int report, Failure *f)
+static void child(const Command *c, pid_t parent, bool grouped, int report, Failure *f)
 {
     User u;
     setsid();
     child_reset();
+    if (c->lowest_priority)
+        syscall(SYS_sched_setscheduler, 0, SCHED_IDLE, &(struct sched_param){0}); /* musl's does nothing */
     if (spawn_resets_oom)
         write_file("/proc/self/oom_score_adj", "0");
     if (!place_fds(c))
         return failure_set(f, "stdio", errno, 0, "stdio: %s", strerror(errno));
     if (c->tty && ioctl(0, TIOCSCTTY, 0))
         return failure_set(f, "tty", errno, 0, "tty: %s", strerror(errno));
-    if (!enter_place(c, f) || !become(c, &u, f))
+    if (!enter_place(c, grouped, f) || !become(c, &u, f))
         return;
     if (c->spaces && prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
         return failure_set(f, "spawn", errno, 0, "no_new_privs: %s", strerror(errno));
@@ -235,19 +243,50 @@ static void child(const Command *c, pid_t parent, int report, Failure *f)
     exec_command(c->argv, with_home(c->env, u.home), f);
 }
 
+/* The directory of the one control group that it joins; -1: there is none, or there are several. */
+static int group_directory(const Command *c)
+{
+    char path[512];
+    if (!c->cgroups || !c->cgroups[0] || c->cgroups[1])
+        return -1;
+    const char *slash = strrchr(c->cgroups[0], '/');
+    if (!slash || snprintf(path, sizeof path, "%.*s", (int)(slash - c->cgroups[0]), c->cgroups[0]) >= (int)sizeof path)
+        return -1;
+    return open(path, O_PATH | O_DIRECTORY | O_CLOEXEC);
+}
+
+/* Born in its control group it need not move there, which waits for the whole machine and takes much code. Where that
+   can't be (cgroup v1, kernels before 5.7, a group with all the processes it may have) it moves. */
+static pid_t start(const Command *c, bool *grouped)
+{
+    struct birth b = {.flags = INTO_CGROUP | (unsigned)c->spaces, .exit_signal = SIGCHLD};
+    pid_t pid = -1;
+    int group = group_directory(c);
+    if (group >= 0) {
+        b.cgroup = (uint64_t)group;
+        pid = (pid_t)syscall(NR_CLONE3, &b, sizeof b);
+        close(group);
+    }
+    *grouped = pid >= 0;
+    if (pid >= 0)
+        return pid;
+    return c->spaces ? (pid_t)syscall(SYS_clone, SIGCHLD | c->spaces, NULL, NULL, NULL, NULL) : fork();
+}
+
 pid_t spawn(const Command *c, int *result)
 {
     int pipe_fds[2];
+    bool grouped;
     Failure f;
     pid_t parent = getpid();
     if (pipe2(pipe_fds, O_CLOEXEC))
         return -1;
-    pid_t pid = c->spaces ? (pid_t)syscall(SYS_clone, SIGCHLD | c->spaces, NULL, NULL, NULL, NULL) : fork();
+    pid_t pid = start(c, &grouped);
     if (!pid) {
         int report = fcntl(pipe_fds[1], F_DUPFD_CLOEXEC, OWN_FDS);
         close(pipe_fds[0]);
         signal(SIGPIPE, SIG_IGN);
-        child(c, parent, report, &f);
+        child(c, parent, grouped, report, &f);
         write_all(report, &f, sizeof f);
         _exit(f.code ? f.code : 125);
     }

@@ -10,6 +10,7 @@ typedef struct {
     char **argv, **env, **cgroups;
     const char *cwd, *user, *root;
     bool tty, orphan_dies; /* fds[0] is its controlling terminal; SIGKILL when we die */
+    bool lowest_priority;  /* it runs when nobody else wants to */
     int spaces;            /* CLONE_NEW* of the namespaces that it starts in */
     int fds[CHILD_FDS];    /* stdin, stdout, stderr, the control channel, what is held; -1: /dev/null, or none */
 } Command;

@@ -113,6 +113,17 @@ static bool dir_undo(Step *s)
     return remove_tree(path) || errno == ENOENT || errno == ENOTDIR || failed(s, "removing", path);
 }
 
+/* Below an overlay that is mounted a file may change, but not become another one. */
+static bool file_in_place(Step *s, const char *path, Span data)
+{
+    int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW, 0644);
+    bool fine = fd >= 0 && write_all(fd, data.p, data.n);
+    int e = errno;
+    close_fd(&fd);
+    errno = e;
+    return fine || failed(s, "file", path);
+}
+
 static bool file_do(Step *s)
 {
     char beside[4096];
@@ -121,6 +132,8 @@ static bool file_do(Step *s)
     if (snprintf(beside, sizeof beside, "%s.%d.tmp", path, getpid()) >= (int)sizeof beside)
         return refused(s, "the path is too long", path);
     field_find(s->body, T_DATA, &data);
+    if (field_int(s->body, T_COUNT, 0))
+        return file_in_place(s, path, data);
     unlink(beside);
     int fd = open(beside, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0644);
     bool fine = fd >= 0 && write_all(fd, data.p, data.n) && own(s, beside) && !rename(beside, path);

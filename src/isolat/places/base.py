@@ -160,8 +160,11 @@ class Place(Protocol):
     def resume(self, identity: Identity, d: Deadline) -> None:
         """Make the machine that this place is the inside of one of its own."""
 
-    def settle(self, d: Deadline) -> None:
-        """Let the machine that this place is the inside of give back what it needs no more, before it is saved."""
+    def settle(self, d: Deadline, *, keep_cache: bool = False) -> None:
+        """Let the machine that this place is the inside of give back what it needs no more, before it is saved.
+
+        ``keep_cache``: but for what it has read of its disks, where these will be the same.
+        """
 
     def hush(self, d: Deadline) -> None:
         """Let the machine that this place is the inside of say nothing, and nobody say anything to it, while it is

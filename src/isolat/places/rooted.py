@@ -63,8 +63,8 @@ class RootedPlace:
     def resume(self, identity: Identity, d: Deadline) -> None:
         self._place.resume(identity, d)
 
-    def settle(self, d: Deadline) -> None:
-        self._place.settle(d)
+    def settle(self, d: Deadline, *, keep_cache: bool = False) -> None:
+        self._place.settle(d, keep_cache=keep_cache)
 
     def hush(self, d: Deadline) -> None:
         self._place.hush(d)

@@ -90,6 +90,8 @@ class Leftover(Step):
 
 @dataclass(frozen=True)
 class PutFile(Step):
+    """A file, there as a whole or not at all. ``in_place``: what is there, with its owner and mode, and this text."""
+
     op = 2
     kind = "file"
     path: str
@@ -98,18 +100,16 @@ class PutFile(Step):
     uid: int = 0
     gid: int = 0
     keep: bool = False
+    in_place: bool = False
 
     def describe(self) -> str:
         return f"write file {self.path} ({len(self.text)} bytes, mode {self.mode:04o})"
 
     def fields(self) -> Fields:
-        return [
-            (k.T_PATH, self.path),
-            (k.T_DATA, self.text),
-            (k.T_MODE, self.mode),
-            (k.T_UID, self.uid),
-            (k.T_GID, self.gid),
-        ]
+        fields: Fields = [(k.T_PATH, self.path), (k.T_DATA, self.text)]
+        if self.in_place:
+            return [*fields, (k.T_COUNT, 1)]
+        return [*fields, (k.T_MODE, self.mode), (k.T_UID, self.uid), (k.T_GID, self.gid)]
 
 
 @dataclass(frozen=True)

@@ -112,8 +112,8 @@ class WiredPlace:
         fields += [(k.T_OPTIONS, identity.mac)] if identity.mac else []
         self._link(d).request(k.RESUME, [*fields, *self._here()], d)
 
-    def settle(self, d: Deadline) -> None:
-        self._link(d).request(k.SETTLE, self._here(), d)
+    def settle(self, d: Deadline, *, keep_cache: bool = False) -> None:
+        self._link(d).request(k.SETTLE, [(k.T_OP, int(keep_cache)), *self._here()], d)
 
     def hush(self, d: Deadline) -> None:
         self._link(d).request(k.HUSH, [(k.T_OP, 0), *self._here()], d)

@@ -138,3 +138,59 @@ def test_the_processes_of_others_do_not_count(agent: Held) -> None:
             assert idle(agent.c) == -1
         finally:
             other.kill()
+
+
+class Application:
+    """A process in a root and with the file of a control group, so that an exercise shows: it writes there, too."""
+
+    def __init__(self, c: Controller, directory: Path, script: str) -> None:
+        self.c = c
+        self.joined = directory / "cgroup.procs"
+        self.joined.touch()
+        silent = "import os; os.dup2(os.pipe()[0], 0)\n"
+        more = [(k.T_ROOT, b"/"), (k.T_CGROUP, os.fsencode(self.joined))]
+        self.pid = c.spawn("p", [sys.executable, "-S", "-c", silent + script], more=more)
+        assert self.joined.read_text() == "0"
+        self.joined.write_text("")
+
+    def asked(self, op: int = 1) -> int:
+        return self.c.ask(k.IDLE, [(k.T_OP, op)]).int(k.T_COUNT, -2)
+
+    @property
+    def exercised(self) -> bool:
+        return bool(self.joined.read_text())
+
+
+def test_an_exercise_is_over_when_it_is_answered_and_nobody_hears_of_it(agent: Held, tmp_path: Path) -> None:
+    application = Application(agent.c, tmp_path, FOREVER["pause"])
+    wait_for(lambda: idle(agent.c) == -1, "rest")
+    assert not application.exercised
+    assert application.asked() == -1
+    assert application.exercised
+    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    assert children == [str(application.pid)]
+    assert list(agent.c.procs()) == ["p"]
+    assert agent.c.events == []
+
+
+def test_there_is_no_exercise_while_something_runs_or_when_nobody_wants_it(agent: Held, tmp_path: Path) -> None:
+    application = Application(agent.c, tmp_path, BUSY["computing"])
+    assert application.asked() == 0
+    assert not application.exercised
+    os.kill(application.pid, signal.SIGSTOP)
+    wait_for(lambda: idle(agent.c) == -1, "rest")
+    assert application.asked(op=0) == -1
+    assert not application.exercised
+
+
+def test_an_exercise_without_an_application_is_none(agent: Held) -> None:
+    assert agent.c.ask(k.IDLE, [(k.T_OP, 1)]).int(k.T_COUNT, -2) == -1
+
+
+def test_many_exercises_leave_nothing(agent: Held, tmp_path: Path) -> None:
+    application = Application(agent.c, tmp_path, FOREVER["pause"])
+    wait_for(lambda: idle(agent.c) == -1, "rest")
+    descriptors = Path(f"/proc/{agent.pid}/fd")
+    before = len(list(descriptors.iterdir()))
+    assert [application.asked() for _ in range(50)] == [-1] * 50
+    assert len(list(descriptors.iterdir())) == before

@@ -23,7 +23,7 @@ count = {count}
 while True:
     f = recv()
     if f.kind == k.IDLE:
-        print(time.monotonic(), file=out)
+        print(time.monotonic(), f.int(k.T_OP, 0), file=out)
         {on_idle}
         say(k.OK, f.id, [(k.T_COUNT, count)])
     else:
@@ -40,7 +40,11 @@ class Parked:
         self.pid = c.spawn("guest", argv, flags=k.F_CONTROL | k.F_SERIAL, more=[(k.T_PARK, PARK_MS)])
 
     def times(self) -> list[float]:
-        return [float(line) for line in self.asked.read_text().split()]
+        return [float(line.split()[0]) for line in self.asked.read_text().splitlines()]
+
+    def exercises(self) -> list[int]:
+        """Of each question, whether it asked for an exercise first."""
+        return [int(line.split()[1]) for line in self.asked.read_text().splitlines()]
 
     def stopped(self) -> bool:
         return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
@@ -77,6 +81,36 @@ def test_it_is_asked_after_a_while_and_then_never_again(keeper: Held, tmp_path: 
     switches = Path(f"/proc/{keeper.pid}/status").read_text().split("voluntary_ctxt_switches:")[1].split()[0]
     time.sleep(0.5)
     assert Path(f"/proc/{keeper.pid}/status").read_text().split("voluntary_ctxt_switches:")[1].split()[0] == switches
+
+
+def test_it_exercises_before_it_is_stopped_for_the_first_time_only(c: Controller, tmp_path: Path) -> None:
+    p = Parked(c, tmp_path)
+    for _ in range(3):
+        p.wait()
+        p.read()
+    p.wait()
+    assert p.exercises() == [1, 0, 0, 0]
+
+
+def test_a_busy_one_is_asked_for_its_exercise_again(c: Controller, tmp_path: Path) -> None:
+    p = Parked(c, tmp_path, count=0)
+    wait_for(lambda: len(p.times()) == 3, "three questions")
+    assert p.exercises() == [1, 1, 1]
+
+
+def test_one_in_which_something_was_started_needs_no_exercise(c: Controller, tmp_path: Path) -> None:
+    p = Parked(c, tmp_path)
+    c.spawn("main", ["true"], flags=k.F_MAIN, to="guest")
+    c.spawn("exec", ["true"], to="guest")
+    p.wait()
+    assert p.exercises() == [0]
+
+
+def test_its_main_process_is_no_exercise(c: Controller, tmp_path: Path) -> None:
+    p = Parked(c, tmp_path)
+    c.spawn("main", ["true"], flags=k.F_MAIN, to="guest")
+    p.wait()
+    assert p.exercises() == [1]
 
 
 def test_fetching_the_monitor_wakes_it(c: Controller, tmp_path: Path) -> None:

@@ -163,6 +163,21 @@ def test_a_file_is_bound_to_a_file(keeper: Held, tmp_path: Path) -> None:
     keeper.c.step(MOUNT, fields, revert=True)
 
 
+def test_a_file_with_other_contents_stays_the_same_file(c: Controller, tmp_path: Path) -> None:
+    f = tmp_path / "f"
+    c.step(FILE, [path(f), (k.T_DATA, b"longer than the next"), (k.T_COUNT, 1)])
+    f.chmod(0o640)
+    before = f.stat()
+    c.step(FILE, [path(f), (k.T_DATA, b"shorter"), (k.T_COUNT, 1)])
+    assert f.read_bytes() == b"shorter"
+    assert (f.stat().st_ino, f.stat().st_mode) == (before.st_ino, before.st_mode)
+    link = tmp_path / "link"
+    link.symlink_to(f)
+    with pytest.raises(Refused):
+        c.step(FILE, [path(link), (k.T_DATA, b"through a link"), (k.T_COUNT, 1)])
+    assert f.read_bytes() == b"shorter"
+
+
 @pytest.mark.root
 def test_removing_a_tree_stops_at_a_bind_mount(keeper: Held, tmp_path: Path) -> None:
     (tmp_path / "precious").mkdir()
@@ -240,6 +255,24 @@ def test_cgroup(c: Controller) -> None:
     assert not any(d.exists() for d in dirs)
     assert client.finish().code == 137
     client.close()
+
+
+@pytest.mark.root
+def test_a_process_is_born_in_its_only_group_and_moves_where_that_can_not_be(c: Controller) -> None:
+    """Born: of a group of the second version it is a member before it runs."""
+    mounted = (line.split()[1] for line in Path("/proc/mounts").read_text().splitlines() if " cgroup2 " in line)
+    unified = next((Path(at) for at in mounted), None)
+    if unified is None:
+        pytest.skip("no cgroup2 is mounted here")
+    groups = [unified / f"isolat-test-born-{os.getpid()}", cgroup_roots()[0] / f"isolat-test-moved-{os.getpid()}"]
+    for n, group in enumerate(groups):
+        c.step(CGROUP, [path(group)])
+        client = c.adopt(f"p{n}")
+        c.spawn(f"p{n}", [SH, "-c", "cat /proc/self/cgroup"], more=[(k.T_CGROUP, bytes(group / "cgroup.procs"))])
+        assert group.name.encode() in client.read_until(group.name.encode())
+        assert client.finish().code == 0
+        client.close()
+        c.step(CGROUP, [path(group)], revert=True)
 
 
 @pytest.mark.parametrize("p", ["/sys/fs/cgroup/memory/other", "/sys/fs/cgroup/memory/isolat/../x", "/etc/passwd"])
