@@ -11,7 +11,8 @@ of the bzImage once (Documentation/arch/x86/boot.rst: payload_offset, payload_le
 
 Its boot was measured under TCG (QEMU 7.2, microvm, one processor, 128 MiB, medians of 4): 1.7 s to the agent's first
 answer, 1.4 s with ``KERNEL_ARGUMENTS``. Of no measurable use: lpj, no_timer_check, nowatchdog, random.trust_cpu,
-audit=0, lsm=, rcupdate.rcu_expedited, leaving initcalls out, modules without their signatures.
+audit=0, lsm=, rcupdate.rcu_expedited, leaving initcalls out, modules without their signatures. (For what runs later
+some of them are: qemu/argv.py.)
 """
 
 from __future__ import annotations

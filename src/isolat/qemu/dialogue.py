@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,8 @@ from isolat.qemu.argv import placeholder
 from isolat.qemu.qmp import Qmp
 
 _STATE = "state"
+# Both sides need the same; ``events`` tells the end instead of having us ask again and again.
+_CAPABILITIES = {"capabilities": [{"capability": name, "state": True} for name in ("x-ignore-shared", "events")]}
 _FULL_SPEED = 1 << 40  # bytes a second; QEMU's own default is 128 MiB
 
 
@@ -105,7 +108,7 @@ def save(qmp: Qmp, d: Deadline, *, to: int) -> int:
 
 
 def load(qmp: Qmp, number: int, d: Deadline) -> None:
-    """Read a saved state from QEMU's own descriptor ``number``; the machine is stopped then, as it was when saved.
+    """Read a saved state from QEMU's own descriptor ``number``. The machine runs then, unless it was told to ``stop``.
 
     It is read from where its offset is, so each clone needs it opened anew: a duplicate shares the offset with the
     clones that read at the same time. What is no state ends QEMU, whose words say why; a state of a machine with fewer
@@ -116,10 +119,17 @@ def load(qmp: Qmp, number: int, d: Deadline) -> None:
     _migrated(qmp, d)
 
 
+def load_ahead(sock: socket.socket, number: int, d: Deadline) -> None:
+    """The same, said to a QEMU that may not even have begun, whose answers nobody waits for.
+
+    That its guest greets is the answer. The machine runs as soon as it has its state, which says nothing of how it
+    was saved (store-global-state=off, migration/migration.c). The next ``Qmp`` on this socket passes over the answers.
+    """
+    Qmp.tell(sock, [("migrate-set-capabilities", _CAPABILITIES), ("migrate-incoming", {"uri": f"fd:{number}"})], d)
+
+
 def _capabilities(qmp: Qmp, d: Deadline) -> None:
-    """Both sides need the same; ``events`` tells the end instead of having us ask again and again."""
-    wanted = [{"capability": name, "state": True} for name in ("x-ignore-shared", "events")]
-    qmp.execute("migrate-set-capabilities", {"capabilities": wanted}, d)
+    qmp.execute("migrate-set-capabilities", _CAPABILITIES, d)
 
 
 def _migrated(qmp: Qmp, d: Deadline) -> None:

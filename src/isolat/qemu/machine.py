@@ -10,6 +10,7 @@ import contextlib
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from isolat.checkpoint import checkpoint
 from isolat.deadline import Deadline
@@ -17,13 +18,14 @@ from isolat.errors import IsolatError
 from isolat.layers.base import GUEST
 from isolat.places.base import Command, Io, Place, Starting
 from isolat.places.steps import Step
-from isolat.qemu import dialogue
+from isolat.qemu import argv, dialogue
 from isolat.qemu.qmp import Qmp
 from isolat.trace import mark
 
-MONITOR = "qmp"
+MONITOR, STATE, SAVED = "qmp", "state", "saved"
 STATE_DESCRIPTOR = 6  # of QEMU's process: 3 is the agent's channel, 4 the memory, 5 the monitor
 _LAST_WORDS_S = 5.0
+_EXERCISE = "exercise"
 
 Load = Callable[[Qmp], object]
 """What makes a machine that waits for its state what it was before."""
@@ -45,8 +47,26 @@ def boot(place: Place, command: Command, disks: Mapping[str, tuple[str, bool]], 
 
 
 def clone(place: Place, command: Command, disks: Mapping[str, tuple[str, bool]], d: Deadline) -> None:
-    """Start a machine with a template's state, and wait for its agent."""
-    _start(place, begin(place, command, d), disks, lambda qmp: dialogue.load(qmp, STATE_DESCRIPTOR, d), d)
+    """Start a machine with a template's state, and wait for its agent.
+
+    It has its disks from the beginning and is told beforehand what it is to do, so nothing is waited for in between.
+    """
+    starting = begin(place, with_disks(command, disks), d)
+    with socket.socket(fileno=place.fetch(MONITOR, d)) as sock:
+        dialogue.load_ahead(sock, STATE_DESCRIPTOR, d)
+    checkpoint()
+    starting.finish(d)
+    mark("agent-greeted")
+    place.drop((f"{MONITOR}-peer",), d)  # QEMU has it: from now on its end is the end of every dialogue
+    checkpoint()
+
+
+def with_disks(command: Command, disks: Mapping[str, tuple[str, bool]]) -> Command:
+    """QEMU's command with what is held for these disks, behind all that it has already."""
+    first = STATE_DESCRIPTOR - command.held.index(STATE) + len(command.held)
+    held = {device: argv.HeldDisk(name, first + n) for n, (device, (name, _)) in enumerate(disks.items())}
+    names = tuple(disk.name for disk in held.values())
+    return replace(command, argv=argv.with_disks(command.argv, held), held=(*command.held, *names))
 
 
 def begin(place: Place, command: Command, d: Deadline) -> Starting:
@@ -95,18 +115,29 @@ def swap(place: Place, qmp: Qmp, device: str, name: str, *, read_only: bool, d: 
 
 
 def save(
-    place: Place, command: Command, disks: Mapping[str, tuple[str, bool]], steps: Sequence[Step], d: Deadline
+    place: Place,
+    command: Command,
+    disks: Mapping[str, tuple[str, bool]],
+    steps: Sequence[Step],
+    d: Deadline,
+    *,
+    exercise: Command | None = None,
+    cloned: bool = False,
 ) -> None:
-    """Boot a machine, let it carry out these steps, save its state to the held descriptor ``state`` and end it.
+    """Make a machine, let it carry out these steps, save its state to the held descriptor ``saved`` and end it.
 
-    What a template is made of. The disks are what they were at that moment, for what a guest has not written yet is
-    written before (SETTLE).
+    What a template is made of: booted, or cloned from another one, whose disks its clones will have, too. The disks are
+    what they were at that moment, for what a guest has not written yet is written before (SETTLE).
     """
-    boot(place, command, disks, d)
+    (clone if cloned else boot)(place, command, disks, d)
     inside = place.inside(GUEST, place.facts)
     inside.carry_out(steps, d)
-    inside.settle(d)
-    state = place.fetch("state", d)
+    if exercise is not None:
+        inside.spawn(_EXERCISE, exercise, Io(), d)
+        inside.wait(_EXERCISE, d)
+        inside.forget(_EXERCISE, d)
+    inside.settle(d, keep_cache=cloned)
+    state = place.fetch(SAVED, d)
     try:
         with monitor(place, d) as qmp:
             dialogue.save(qmp, d, to=state)

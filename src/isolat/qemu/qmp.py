@@ -66,6 +66,15 @@ class Qmp:
             raise
         return qmp
 
+    @staticmethod
+    def tell(sock: socket.socket, commands: Sequence[tuple[str, Arguments]], d: Deadline) -> None:
+        """Say these to a QEMU that just starts, and don't wait for an answer: they fit into the socket.
+
+        Raises StartFailed when it is gone, DeadlineExceeded.
+        """
+        said = [_request(name, arguments, "") for name, arguments in (("qmp_capabilities", {}), *commands)]
+        Qmp(sock)._send(b"".join(said), commands[0][0], d, ())
+
     def _negotiate(self, d: Deadline) -> None:
         try:
             self._run("qmp_capabilities", {}, d, (), prefix=_RESET)
@@ -93,8 +102,7 @@ class Qmp:
     def _run(self, command: str, arguments: Arguments, d: Deadline, fds: Sequence[int], prefix: bytes = b"") -> Any:
         self._next += 1
         id = f"{self._name}-{self._next}"
-        request = {"execute": command, "id": id, **({"arguments": dict(arguments)} if arguments else {})}
-        self._send(prefix + json.dumps(request).encode() + b"\n", command, d, fds)
+        self._send(prefix + _request(command, arguments, id), command, d, fds)
         for _ in range(_LINES_PER_COMMAND):
             message = self._message(command, d, lenient=bool(prefix))
             if "event" in message:
@@ -177,6 +185,11 @@ class Qmp:
         if not data:
             raise _gone(what)
         return data
+
+
+def _request(command: str, arguments: Arguments, id: str) -> bytes:
+    request = {"execute": command, "id": id, **({"arguments": dict(arguments)} if arguments else {})}
+    return json.dumps(request).encode() + b"\n"
 
 
 def _result(command: str, message: Mapping[str, Any]) -> Any:

@@ -17,12 +17,14 @@ from isolat.qemu.argv import (
     KVM_CPU,
     TCG_CPU,
     Descriptors,
+    HeldDisk,
     Machine,
     kernel_arguments,
     memory_overhead_bytes,
     microvm_argv,
     placeholder,
     template_key,
+    with_disks,
 )
 
 GOLDEN = Path(__file__).parents[2] / "golden/qemu"
@@ -40,12 +42,14 @@ BOOT = Machine(
 TEMPLATE = replace(BOOT, share=True)
 CLONE = replace(BOOT, incoming=True)
 KVM = replace(BOOT, accel="kvm", cpu=KVM_CPU, tsc_khz=0)
+DISKS = {"vda": HeldDisk("image", 7), "vdb": HeldDisk("disk", 8)}
 PC = pc.Pc("/usr/bin/qemu-system-x86_64", "tcg", TCG_CPU, 1024, cpus=2)
 
 CASES: dict[str, tuple[str, ...]] = {
     "microvm-boot": microvm_argv(BOOT),
     "microvm-template": microvm_argv(TEMPLATE),
     "microvm-clone": microvm_argv(CLONE),
+    "microvm-clone-with-disks": with_disks(microvm_argv(CLONE), DISKS),
     "microvm-four-processors": microvm_argv(replace(BOOT, cpus=4)),
     "microvm-kvm": microvm_argv(KVM),
     "microvm-without-kernel": microvm_argv(replace(BOOT, vmlinux="", initramfs="")),
@@ -107,6 +111,17 @@ def test_the_clock_is_told_only_under_emulation() -> None:
     assert "mitigations=off" in kernel_arguments(BOOT)
     assert "tsc_early_khz" not in kernel_arguments(KVM)
     assert "mitigations=off" not in kernel_arguments(KVM)
+
+
+def test_disks_take_the_place_of_placeholders_and_of_nothing_else() -> None:
+    waits, has = microvm_argv(CLONE), with_disks(microvm_argv(CLONE), DISKS)
+    devices = [[word.partition(",drive=")[0] for word in words if word.startswith("virt")] for words in (waits, has)]
+    assert devices[0] == devices[1]
+    assert sum("null-co" in word for word in waits) - sum("null-co" in word for word in has) == len(DISKS)
+    assert {"read-only=on" in word for word in has if "node-name=image" in word} == {True}
+    assert {"read-only=on" in word for word in has if "node-name=disk" in word} == {False}
+    with pytest.raises(ValueError, match="no part of this command line"):
+        with_disks(has, DISKS)
 
 
 def test_a_placeholder_is_named_after_its_device() -> None:
