@@ -68,8 +68,10 @@ def until_parked(pid: int, seconds: float = 20) -> None:
 
 
 def machines(root: Root) -> list[int]:
-    """The QEMUs of a root: they run in its jail."""
-    return [pid for pid, words in processes(f"{root.path}/mounts/jail").items() if "qemu" in words]
+    """The QEMUs of a root: they run in its jail. Without one of which a template is just made."""
+    found = [pid for pid, words in processes(f"{root.path}/mounts/jail").items() if "qemu" in words]
+    makers = [pid for pid, words in processes(f"{root.path}/templates/").items() if "keeper" in words]
+    return [pid for pid in found if pid not in {child for maker in makers for child in children(maker)}]
 
 
 def template_memory(root: Root, key: str) -> Path:

@@ -31,7 +31,7 @@ def ls(parsed: o.Parsed) -> int:
     elif parsed.flag("quiet"):
         tables.print_lines(str(row["id"]) for row in found["templates"])
     else:
-        titles = ("ID", "MEMORY", "CPUS", "ACCEL", "KERNEL", "USES", "CREATED")
+        titles = ("ID", "MEMORY", "CPUS", "ACCEL", "KERNEL", "IMAGE", "USES", "CREATED")
         tables.print_table(titles, [_row(row) for row in found["templates"]])
     return 0
 
@@ -43,6 +43,7 @@ def _row(row: dict[str, Any]) -> list[str]:
         str(row["cpus"]),
         str(row["accel"]),
         str(row["release"]),
+        str(row["image"])[:12] or "-",
         tables.size(int(row["used_bytes"])),
         times.age(int(row["created_ns"])),
     ]

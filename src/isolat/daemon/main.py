@@ -21,17 +21,18 @@ from types import FrameType
 
 from isolat.daemon.server import Server
 from isolat.deadline import Deadline
+from isolat.engine.behind import DEFAULT_MOST as TEMPLATES_DEFAULT
 from isolat.engine.engine import Engine, group_id
 from isolat.engine.journal import log, log_defect
 from isolat.engine.paths import DEFAULT_ROOT, StateRoot
-from isolat.engine.warm import DEFAULT_MOST
+from isolat.engine.warm import DEFAULT_MOST as WARM_DEFAULT
 from isolat.errors import Conflict, DaemonUnavailable, InternalError, IsolatError, Refused, UsageError
 from isolat.linux import mounts
 
 IDLE_S = 600.0
 _SWITCH_S = 0.0005
 _BACKLOG = 1024
-WARM_MOST = 256
+ADVANCE_MOST = 256
 _HANDOVER_S = 10.0
 
 
@@ -78,7 +79,7 @@ def serve(root: Path, idle_s: float, ready_fd: int) -> None:
     paths = StateRoot(root)
     _make_root(root)
     _hold(paths)
-    engine = Engine(root, _warm())
+    engine = Engine(root, _number("ISOLAT_WARM", WARM_DEFAULT), _number("ISOLAT_IMAGE_TEMPLATES", TEMPLATES_DEFAULT))
     engine.start()
     listener = _listen(paths)
     server = Server(engine, listener, idle_s)
@@ -105,11 +106,11 @@ def serve(root: Path, idle_s: float, ready_fd: int) -> None:
         log(f"isolatd {os.getpid()} ends")
 
 
-def _warm() -> int:
-    """How many machines of each kind are made in advance: ISOLAT_WARM, 0 for none."""
-    text = os.environ.get("ISOLAT_WARM", str(DEFAULT_MOST))
-    if not text.isdecimal() or int(text) > WARM_MOST:
-        raise UsageError(f"ISOLAT_WARM is {text!r}", hint=f"it is a number from 0 to {WARM_MOST}")
+def _number(name: str, default: int) -> int:
+    """How many are made in advance, machines of each kind or templates of images; 0 for none."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal() or int(text) > ADVANCE_MOST:
+        raise UsageError(f"{name} is {text!r}", hint=f"it is a number from 0 to {ADVANCE_MOST}")
     return int(text)
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from isolat.deadline import NEVER, Deadline
-from isolat.engine import admission, entering, states
+from isolat.engine import admission, behind, entering, states
 from isolat.engine.carrying import carries
 from isolat.engine.copying import Copying, Forked
 from isolat.engine.creation import boot_id
@@ -101,8 +101,8 @@ class ExecRequest:
 class Engine:
     """All environments of one state root. Holds its lock's owner's word: nobody else touches this root."""
 
-    def __init__(self, root: Path, warm: int = DEFAULT_MOST) -> None:
-        """``warm``: how many machines of each kind are made in advance."""
+    def __init__(self, root: Path, warm: int = DEFAULT_MOST, images: int = behind.DEFAULT_MOST) -> None:
+        """``warm``: how many machines of each kind are made in advance; ``images``: how many templates of images."""
         self.paths = StateRoot(root)
         self.facts = record_facts()
         self.images = ImageStore(root)
@@ -118,7 +118,7 @@ class Engine:
         self.events = self.table.events
         self._supervisor = Supervisor(self.table, self._endings, self.facts, self.stop)
         self.kits = Kits(self.paths, native_dir())
-        self.templates = Templates(self.paths, self._keepers, self.facts, self.kits.blanks)
+        self.templates = Templates(self.paths, self._keepers, self.facts, self.kits.blanks, images)
         self._maker = Maker(
             self.paths,
             self.facts,

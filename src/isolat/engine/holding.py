@@ -13,12 +13,13 @@ from isolat.errors import InternalError, StoreError
 from isolat.guest.blank import blank, copy_sparse
 from isolat.layers.base import Descriptor, Shares, Source, TemplatePlan
 from isolat.places.base import Place
+from isolat.qemu import forks
 from isolat.volumes import transfer
 
 Lent = tuple[int, int, Path]  # memory, state, disk
 Lender = Callable[[TemplatePlan, Deadline], Lent]
 Bases = Callable[[Descriptor, Deadline], Path]
-_OF_TEMPLATE = frozenset({Source.TEMPLATE_MEMORY, Source.TEMPLATE_STATE, Source.TEMPLATE_DISK})
+_OF_TEMPLATE = frozenset({Source.TEMPLATE_MEMORY, Source.TEMPLATE_STATE, Source.TEMPLATE_COPY, Source.TEMPLATE_DISK})
 
 
 class Holding:
@@ -91,14 +92,9 @@ class Holding:
             ours.enter_context(other)
             return {name: one.fileno(), f"{name}-peer": other.fileno()}
         if lent is not None and descriptor.source in _OF_TEMPLATE:
-            memory, state, disk = lent
             if descriptor.source is Source.TEMPLATE_MEMORY:
-                return {name: memory}
-            if descriptor.source is Source.TEMPLATE_STATE:
-                # A description of its own: every clone reads it from the beginning.
-                fd = os.open(f"/proc/self/fd/{state}", os.O_RDONLY | os.O_CLOEXEC)
-            else:
-                fd = _copied(disk, descriptor)
+                return {name: lent[0]}
+            fd = _of_template(descriptor, lent, d)
         else:
             fd = self._file(descriptor, d)
         ours.callback(os.close, fd)
@@ -117,6 +113,30 @@ class Holding:
             return os.open(descriptor.path, mode | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError as error:
             raise StoreError(f"{descriptor.path or descriptor.name} can't be opened: {error.strerror}") from error
+
+
+def _of_template(descriptor: Descriptor, lent: Lent, d: Deadline) -> int:
+    memory, state, disk = lent
+    if descriptor.source is Source.TEMPLATE_DISK:
+        return _copied(disk, descriptor)
+    if descriptor.source is Source.TEMPLATE_COPY:
+        return _memory_like(memory, descriptor, d)
+    # A description of its own: every clone reads it from the beginning.
+    return os.open(f"/proc/self/fd/{state}", os.O_RDONLY | os.O_CLOEXEC)
+
+
+def _memory_like(memory: int, descriptor: Descriptor, d: Deadline) -> int:
+    source, target = os.open(f"/proc/self/fd/{memory}", os.O_RDONLY | os.O_CLOEXEC), -1
+    try:
+        target = _memory(descriptor.name, descriptor.size_bytes)
+        forks.copy_disk(source, target, d)
+        return target
+    except BaseException:
+        if target >= 0:
+            os.close(target)
+        raise
+    finally:
+        os.close(source)
 
 
 def _copied(disk: Path, descriptor: Descriptor) -> int:

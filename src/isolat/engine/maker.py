@@ -35,9 +35,9 @@ from isolat.engine.paths import StateRoot, native_dir
 from isolat.engine.supervisor import Supervisor
 from isolat.engine.table import Table
 from isolat.engine.templates import Template, Templates
-from isolat.engine.volumes import Volumes
-from isolat.engine.warm import WarmPool, normal_priority
-from isolat.errors import Conflict, IsolatError, Unsupported, UsageError
+from isolat.engine.volumes import Claim, Volumes
+from isolat.engine.warm import WarmPool, lowest_priority, normal_priority
+from isolat.errors import CommandNotFound, Conflict, IsolatError, NotExecutable, Unsupported, UsageError
 from isolat.images import architecture
 from isolat.images.pool import Pool
 from isolat.images.progress import Progress
@@ -67,12 +67,17 @@ START_S = float(os.environ.get("ISOLAT_START_S", "60"))  # tests shorten it
 _PROBE_KEPT_S = 300.0
 _OPENED_BYTES = 256 << 20
 _MACHINE = "microvm"
+_REAPED_S = 1.0
 
 
 @dataclass(frozen=True)
 class Caller:
     uid: int = 0
     gid: int = 0
+
+
+class _Died(Exception):
+    """A machine that was made in advance did, before its application was started."""
 
 
 class Maker:
@@ -145,27 +150,46 @@ class Maker:
         io = replace(io, tty=spec.tty, log=spec.logging != "none", main=True)
         can = registry.resolve(spec.layers)[0].capabilities
         with self._volumes.claim(spec.volumes if can.volumes else (), copies=not can.volumes_live) as claim:
-            env, planned, ready = self._create(spec, service, caller, kit, d)
-            with env.operation("starting"), contextlib.ExitStack() as opened:
-                try:
-                    sources, left = self._volumes.open(claim, descriptors, self._tree(env), d, opened)
-                    env.remark = left_out(left)
-                    return env, self._start(env, planned, io, attach, sources, ready, d)
-                except BaseException:
-                    self.undo(env)
-                    raise
+            ready = self._ready_machine(spec, registry.resolve(spec.layers), kit)
+            try:
+                return self._run(spec, service, caller, kit, ready, claim, descriptors, attach, io, d)
+            except _Died as error:
+                log(f"a machine made in advance died while it was taken: {error.__cause__}")
+                return self._run(spec, service, caller, kit, None, claim, descriptors, attach, io, d)
+
+    def _run(
+        self,
+        spec: Spec,
+        service: Mapping[str, object],
+        caller: Caller,
+        kit: MachineKit | None,
+        ready: Environment | None,
+        claim: Claim,
+        descriptors: Sequence[int],
+        attach: bool,
+        io: Io,
+        d: Deadline,
+    ) -> tuple[Environment, socket.socket | None]:
+        """``ready``: the machine that it takes over, made for the very image that the name meant then.
+
+        Raises _Died where nothing is wrong but that this machine is dead.
+        """
+        env, planned = self._enter(spec, service, caller, kit, ready, ready.handle.digest if ready else "", d)
+        with env.operation("starting"), contextlib.ExitStack() as opened:
+            try:
+                sources, left = self._volumes.open(claim, descriptors, self._tree(env), d, opened)
+                env.remark = left_out(left)
+                return env, self._start(env, planned, io, attach, sources, ready, d)
+            except BaseException as error:
+                died = ready is not None and self._has_died(ready, error)
+                self.undo(env)
+                if died:
+                    raise _Died from error
+                raise
 
     def _tree(self, env: Environment) -> str:
         """Where its image is mounted on this machine."""
         return str(self._images.mount(env.handle.digest)) if env.handle.digest else ""
-
-    def _create(
-        self, spec: Spec, service: Mapping[str, object], caller: Caller, kit: MachineKit | None, d: Deadline
-    ) -> tuple[Environment, list[Planned], Environment | None]:
-        """The environment with its plans, and the machine made in advance that it takes over, if there was one."""
-        ready = self._ready_machine(spec, registry.resolve(spec.layers), kit)
-        env, planned = self._enter(spec, service, caller, kit, ready, "", d)
-        return env, planned, ready
 
     def prepare(
         self, spec: Spec, service: Mapping[str, object], caller: Caller, digest: str, d: Deadline
@@ -256,6 +280,15 @@ class Maker:
             return any(proc.key == GUEST and proc.exit is None for proc in place.procs(GUEST, Deadline(5)))
         return False
 
+    def _has_died(self, ready: Environment, error: BaseException) -> bool:
+        """Whether that is why it could not be taken. Its monitor is closed a moment before its keeper knows."""
+        if not isinstance(error, IsolatError) or isinstance(error, (CommandNotFound, NotExecutable)):
+            return False
+        with contextlib.suppress(IsolatError):
+            WiredPlace(ready.live_link, self._facts).wait(GUEST, Deadline(_REAPED_S))
+            return True
+        return not self._still_runs(ready)
+
     def _make_in_advance(self, layer: CanWarm, spec: Spec, image: ImageRef, kit: MachineKit) -> Environment:
         assert isinstance(layer, Layer)
         d = Deadline(START_S)
@@ -274,6 +307,7 @@ class Maker:
             self.make_directory(env)
             env.save()
             env.link = self._keepers.start(env.directory, env.name, d)
+            lowest_priority(env.link.pid)
             place = WiredPlace(env.live_link, self._facts)
             place.carry_out(plan.steps, d)
             self._holding.provide(plan.descriptors, plan.template, place, d)

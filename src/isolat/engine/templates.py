@@ -6,6 +6,10 @@
     STATE_ROOT/templates/KEY/disk.img        its writable disk, as it was when it was saved: clones get copies
     STATE_ROOT/templates/KEY/keeper.*        the keeper that holds its sealed memory and its state
 
+One of an image goes on from one that knows none, and is made behind the back of whoever asked for it (``Behind``);
+until it is there, the other one is lent. It takes as much memory as that one again, and holds what its clones would
+read of the image first.
+
 A daemon that is killed leaves them as they are, and the next one fetches them again. A keeper without a daemon lets go
 after ``KEPT_S``. A template's memory is never on disk. It holds no more than a kernel that has just booted, but it is
 shared by every clone, and only sealed memory can't be changed by any of them (fcntl(2), F_SEAL_WRITE).
@@ -24,11 +28,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from isolat.deadline import Deadline
+from isolat.engine.behind import DEFAULT_MOST, Behind
 from isolat.engine.handle import write_atomically
 from isolat.engine.holding import Holding, Lent
 from isolat.engine.journal import log
 from isolat.engine.keepers import Keepers, quit_keeper
 from isolat.engine.paths import StateRoot
+from isolat.engine.warm import lowest_priority
 from isolat.errors import InternalError, IsolatError, NotFound, StoreError
 from isolat.layers.base import Descriptor, Source, TemplatePlan
 from isolat.linux import cgroup
@@ -45,6 +51,7 @@ KEPT_S = 3600
 BOOT_S = 60.0
 _FIND_S = 5.0
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+_DISKS = (Source.DISK, Source.TEMPLATE_DISK)
 _OVERHEAD_BYTES = 160 << 20  # of the QEMU that boots one: it loads kernel and initramfs and translates a whole boot
 
 
@@ -60,6 +67,8 @@ class Template:
     created_ns: int
     used_bytes: int  # what its memory takes of this machine's
     disk_bytes: int = 0
+    image: str = ""  # the digest, of one that has an image
+    file: str = ""  # which file that is: what was read of another one must not be taken for it
 
     @property
     def id(self) -> str:
@@ -87,12 +96,16 @@ class _Open:
 class Templates:
     """All templates of one state root."""
 
-    def __init__(self, paths: StateRoot, keepers: Keepers, facts: Facts, blanks: Path) -> None:
+    def __init__(
+        self, paths: StateRoot, keepers: Keepers, facts: Facts, blanks: Path, images_most: int = DEFAULT_MOST
+    ) -> None:
+        """``images_most``: how many templates of images are kept."""
         self._dir = paths.root / "templates"
         self._cgroup = paths.cgroup
         self._keepers = keepers
         self._facts = facts
-        self._holding = Holding(blanks, _no_template, _no_disk)
+        self._holding = Holding(blanks, self.lend, _no_disk)
+        self._behind = Behind(self._remove_unused, images_most)
         self._lock = threading.Lock()
         self._making: dict[str, threading.Lock] = {}
         self._open: dict[str, _Open] = {}
@@ -110,9 +123,12 @@ class Templates:
                     self._discard(directory)
                 else:
                     self._open[found.template.key] = found
+                    if found.template.image:
+                        self._behind.used(found.template.key)
 
     def close(self) -> None:
         """Let go of them; their keepers go on for a while."""
+        self._behind.close()
         with self._lock:
             for one in self._open.values():
                 one.close()
@@ -123,7 +139,15 @@ class Templates:
             return sorted((one.template for one in self._open.values()), key=lambda found: found.created_ns)
 
     def lend(self, plan: TemplatePlan, d: Deadline) -> Lent:
-        """Its memory and its state, as duplicates that are the caller's, and its disk. Makes it where there is none."""
+        """Its memory and its state, as duplicates that are the caller's, and its disk. Makes it where there is none.
+
+        Where there is none of the image yet, the one is lent that it is made from.
+        """
+        if plan.base is not None:
+            lent = self._of_image(plan)
+            if lent is not None:
+                return lent
+            plan = plan.base
         with self._lock:
             making = self._making.setdefault(plan.key, threading.Lock())
         with making:
@@ -137,6 +161,29 @@ class Templates:
             with self._lock:
                 self._open[plan.key] = made
                 return made.lent()
+
+    def _of_image(self, plan: TemplatePlan) -> Lent | None:
+        with self._lock:
+            found = self._open.get(plan.key)
+            fit = found is not None and not found.link.closed and found.template.file == _file(plan)
+            if found is not None and fit:
+                self._behind.used(plan.key)
+                return found.lent()
+        if found is not None:
+            self._remove_unused(plan.key)
+        self._behind.want(plan.key, lambda: self._make_of_image(plan))
+        return None
+
+    def _make_of_image(self, plan: TemplatePlan) -> None:
+        made = self._make(plan, Deadline(BOOT_S))
+        with self._lock:
+            self._open[plan.key] = made
+
+    def _remove_unused(self, key: str) -> None:
+        with self._lock:
+            found = self._open.pop(key, None)
+        if found is not None:
+            self._end(found)
 
     def remove(self, ref: str) -> Template:
         """Remove the one whose key begins like this; clones of it go on. Raises NotFound."""
@@ -162,16 +209,23 @@ class Templates:
         directory = self._dir / plan.key[:32]
         self._discard(directory)
         directory.mkdir(parents=True, mode=0o700)
-        log(f"booting a template: {plan.memory_bytes >> 20} MiB, {plan.cpus} CPUs, {plan.accel}, Linux {plan.release}")
+        log(f"{'cloning' if plan.base else 'booting'} a template: {_described(plan)}")
         link = self._keepers.start(directory, f"template {plan.key[:16]}", d, idle_s=KEPT_S)
+        if plan.base is not None:
+            lowest_priority(link.pid)
         place = WiredPlace(lambda _: link, self._facts)
         steps = self._steps(plan)
         try:
             place.carry_out(steps, d)
-            self._holding.provide(_placed(plan.descriptors, directory), None, place, d)
-            machine.save(place, self._command(plan), {"vdb": ("disk", False)}, plan.inside, d)
+            self._holding.provide(_placed(plan.descriptors, directory), plan.base, place, d)
+            disks = {device: (name, read_only) for device, name, read_only in plan.disks}
+            cloned = plan.base is not None
+            machine.save(place, self._command(plan), disks, plan.inside, d, exercise=plan.exercise, cloned=cloned)
             opened = self._opened(plan, place, link, directory, d)
-            place.drop((machine.MONITOR, f"{machine.MONITOR}-peer", "disk"), d)
+            place.hold({machine.STATE: opened.state}, d)
+            place.drop(
+                (machine.MONITOR, f"{machine.MONITOR}-peer", machine.SAVED, *(name for name, _ in disks.values())), d
+            )
             place.revert(steps, d)
             write_atomically(directory / RECORD, json.dumps(asdict(opened.template)))
         except BaseException:
@@ -186,7 +240,7 @@ class Templates:
 
     def _opened(self, plan: TemplatePlan, place: WiredPlace, link: Link, directory: Path, d: Deadline) -> _Open:
         """Its descriptors, sealed: from now on nobody can change what they hold, not even we."""
-        memory, state = place.fetch("ram", d), place.fetch("state", d)
+        memory, state = place.fetch("ram", d), place.fetch(machine.SAVED, d)
         try:
             for fd in (memory, state):
                 fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
@@ -204,6 +258,8 @@ class Templates:
             time.time_ns(),
             used,
             plan.disk_bytes,
+            plan.image.digest if plan.image else "",
+            _file(plan),
         )
         (directory / DISK).chmod(0o400)
         return _Open(Template(*about), link, memory, state, directory / DISK)
@@ -259,13 +315,24 @@ class Templates:
 def _placed(descriptors: tuple[Descriptor, ...], directory: Path) -> tuple[Descriptor, ...]:
     """A template's disk lies in its own directory, which its plan can't know."""
     return tuple(
-        replace(descriptor, path=str(directory / DISK)) if descriptor.source is Source.DISK else descriptor
+        replace(descriptor, path=str(directory / DISK)) if descriptor.source in _DISKS else descriptor
         for descriptor in descriptors
     )
 
 
-def _no_template(plan: TemplatePlan, _: Deadline) -> Lent:
-    raise InternalError(f"the template {plan.key} is to be made from another one")
+def _described(plan: TemplatePlan) -> str:
+    of = f", image {plan.image.digest[:16]}" if plan.image else ""
+    return f"{plan.memory_bytes >> 20} MiB, {plan.cpus} CPUs, {plan.accel}, Linux {plan.release}{of}"
+
+
+def _file(plan: TemplatePlan) -> str:
+    """Which file its image is now; empty without one."""
+    if plan.image is None:
+        return ""
+    with contextlib.suppress(OSError):
+        found = Path(plan.image.file).stat()
+        return f"{found.st_dev}:{found.st_ino}:{found.st_size}:{found.st_mtime_ns}"
+    return "gone"
 
 
 def _no_disk(wanted: Descriptor, _: Deadline) -> Path:

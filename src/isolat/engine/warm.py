@@ -99,7 +99,6 @@ class WarmPool:
     # making them
 
     def _fill(self) -> None:
-        _lowest_priority()
         while True:
             with self._condition:
                 work = self._next()
@@ -154,15 +153,18 @@ class WarmPool:
         self._undo(env)
 
 
-def _lowest_priority() -> None:
-    """This thread's, which what it starts inherits; ``normal_priority`` gives it back to a machine that is taken."""
-    with contextlib.suppress(OSError):
-        os.sched_setscheduler(0, _IDLE, os.sched_param(0))
+def lowest_priority(pid: int) -> None:
+    """Of a keeper, which what it starts inherits. Not ours: a thread that waits for its turn holds up all others."""
+    _schedule(pid, _IDLE)
 
 
 def normal_priority(pid: int) -> None:
     """Every thread of this process is scheduled like others again (sched(7))."""
+    _schedule(pid, os.SCHED_OTHER)
+
+
+def _schedule(pid: int, policy: int) -> None:
     with contextlib.suppress(OSError):
         for task in Path(f"/proc/{pid}/task").iterdir():
             with contextlib.suppress(OSError):
-                os.sched_setscheduler(int(task.name), os.SCHED_OTHER, os.sched_param(0))
+                os.sched_setscheduler(int(task.name), policy, os.sched_param(0))

@@ -147,6 +147,7 @@ class Source(StrEnum):
     GIVEN = "given"  # one that came with the request, opened by the caller
     TEMPLATE_MEMORY = "template-memory"  # what a template keeps
     TEMPLATE_STATE = "template-state"
+    TEMPLATE_COPY = "template-copy"  # new memory with the contents of a template's
     TEMPLATE_DISK = "template-disk"  # a copy, at this path, of the disk that it had when it was saved
 
 
@@ -184,7 +185,10 @@ class Descriptor:
 
 @dataclass(frozen=True)
 class TemplatePlan:
-    """A template, and how it is made where there is none: one for each kernel, memory size and number of CPUs."""
+    """A template, and how it is made where there is none: one for each kernel, memory size and number of CPUs.
+
+    With ``base``, one of an image: it goes on from what that one has saved, with the image mounted.
+    """
 
     key: str
     guest: Command
@@ -195,6 +199,10 @@ class TemplatePlan:
     release: str
     disk_bytes: int = 0
     inside: tuple[Step, ...] = ()  # carried out in it before it is saved: what every clone would do first
+    disks: tuple[tuple[str, str, bool], ...] = ()  # device, name of what is held for it, read-only
+    exercise: Command | None = None  # started in it then, and waited for: much is done at a first time only
+    base: TemplatePlan | None = None
+    image: ImageRef | None = None
 
 
 @dataclass(frozen=True)

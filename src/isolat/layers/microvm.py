@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import signal
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -36,7 +35,7 @@ from isolat.errors import (
 )
 from isolat.guest import blank
 from isolat.guest.kernel import KERNEL_ARGUMENTS
-from isolat.layers import common, copies, files, hosting, machines, volumes
+from isolat.layers import common, copies, files, hosting, machines, templates, volumes
 from isolat.layers.base import (
     GUEST,
     Boundary,
@@ -72,11 +71,13 @@ from isolat.places.steps import (
     Step,
 )
 from isolat.qemu import argv, dialogue, machine
+from isolat.spec.model import DEFAULT_PIDS
 from isolat.trace import mark
 
 INSIDE = "/run/isolat"
 ROOT = f"{INSIDE}/rootfs"
 IMAGE, DISK, TOOLS = f"{INSIDE}/image", f"{INSIDE}/disk", f"{INSIDE}/tools"
+NAMES = f"{INSIDE}/names"
 VOLUMES = f"{DISK}/volumes"
 GROUP = "/sys/fs/cgroup/isolat-application"
 INNER_GROUP = "/sys/fs/cgroup/isolat"  # of all that a layer inside makes
@@ -86,6 +87,7 @@ PARK_S = 10.0
 _KILL_S = 5.0
 _STOP_S = 600.0
 EXERCISES = 3
+_EXT4 = "noinit_itable,no_prefetch_block_bitmaps"  # a thread for either would end in every clone
 _SYSTEM = MS_NOSUID | MS_NOEXEC | MS_NODEV
 DISKS = {"vda": ("image", True), "vdb": ("disk", False)}  # device: what is held for it, read-only
 _ENTROPY_DEVICES = {name: f"/dev/{name}" for name, _ in argv.DISKS}
@@ -123,8 +125,8 @@ class MicrovmLayer(Layer):
         asked = _machine(job, kit)
         templated = _templated(options, kit)
         guest = _guest(job, kit, replace(asked, incoming=templated, share=not templated), _park_s(options))
-        template = _template(job, kit, asked, guest) if templated else None
         outer = not job.command
+        template = _template(job, kit, asked, guest) if templated else None
         return Plan(
             steps=machines.outside(job, argv.memory_overhead_bytes(asked) + _template_bytes(job, templated)),
             guest=guest,
@@ -178,8 +180,6 @@ class MicrovmLayer(Layer):
         template = argv.template_key(_machine(job, job.machine), job.machine.guest_key, job.machine.qemu_identity)
         limits = (spec.disk_bytes, spec.cpus, spec.cpu_shares, spec.memory_swap_bytes, spec.pids_limit)
         root = (job.image.digest, spec.read_only, spec.tmpfs)
-        if spec.read_only and spec.hostname:
-            return ""  # its names could not be written any more
         return "/".join(str(part) for part in (template, *limits, *root, _park_s(options)))
 
     def warm_job(self, job: Job) -> Job:
@@ -206,7 +206,7 @@ class MicrovmLayer(Layer):
             dialogue.cont(qmp, d)
         mark("machine-runs")
         done = set(warm.inside)
-        steps = tuple(_below_root(step) for step in frame.inside if step not in done)
+        steps = tuple(step for step in frame.inside if step not in done)
         return self._settle_in(frame, place, changed, steps, io, d)
 
     # copies
@@ -373,26 +373,12 @@ def _template_bytes(job: Job, templated: bool) -> int:
 
 
 def _template(job: Job, kit: MachineKit, asked: argv.Machine, guest: Command) -> TemplatePlan:
-    """Its disk belongs to it: the file system is mounted when it is saved, so that no clone has to."""
-    booted = replace(asked, share=True)
-    machine_key = argv.template_key(asked, kit.guest_key, kit.qemu_identity)
-    own = [machine_key, job.spec.disk_bytes, [step.to_json() for step in _prepared()]]
-    return TemplatePlan(
-        key=hashlib.sha256(json.dumps(own).encode()).hexdigest(),
-        guest=replace(guest, argv=argv.microvm_argv(booted), cgroup_files=(), held=("ram", "qmp-peer"), park_s=0.0),
-        descriptors=(
-            Descriptor("ram", Source.MEMORY, size_bytes=asked.memory_mib << 20),
-            Descriptor("state", Source.MEMORY),
-            Descriptor(machine.MONITOR, Source.PAIR),
-            Descriptor("disk", Source.DISK, size_bytes=job.spec.disk_bytes, writable=True),
-        ),
-        inside=_prepared(),
-        disk_bytes=job.spec.disk_bytes,
-        memory_bytes=asked.memory_mib << 20,
-        cpus=asked.cpus,
-        accel=kit.accel,
-        release=kit.release,
-    )
+    first = templates.first(job, kit, asked, guest, _prepared())
+    if job.image is None or not job.command:
+        return first
+    disks = tuple((device, *held) for device, held in DISKS.items())
+    reader = replace(templates.reader(job.image), root=ROOT, cgroup_files=_join())
+    return templates.of_image(job.image, first, asked, guest, _with_image(job), disks, reader)
 
 
 def _descriptors(job: Job, kit: MachineKit, template: TemplatePlan | None) -> tuple[Descriptor, ...]:
@@ -430,50 +416,64 @@ def _prepared() -> tuple[Step, ...]:
     """What is the same in every machine, so done once in the template: the writable part, and where things will be."""
     return (
         MakeDir(DISK, 0o700),
-        Mount("/dev/vdb", DISK, "ext4", "noinit_itable", MS_NOATIME | MS_NODEV),
+        Mount("/dev/vdb", DISK, "ext4", _EXT4, MS_NOATIME | MS_NODEV),
         MakeDir(f"{DISK}/u", 0o755),
         MakeDir(f"{DISK}/w", 0o700),
-        MakeDir(f"{DISK}/u/etc", 0o755),
+        MakeDir(f"{NAMES}/etc", 0o755),
+        *(PutFile(f"{NAMES}/etc/{name}", "") for name in ("hostname", "hosts", "resolv.conf", "machine-id")),
         MakeDir(IMAGE, 0o700),
         MakeDir(ROOT, 0o755),
-        Cgroup((GROUP,)),
+        Cgroup((GROUP,), _pids(DEFAULT_PIDS)),
     )
 
 
-def _inside(job: Job, templated: bool) -> tuple[Step, ...]:
-    host = common.hostname(job)
+def _with_image(job: Job) -> tuple[Step, ...]:
+    """What is the same in every machine with this image. Done once more, nothing is done."""
     return (
-        *(() if templated else _prepared()),
         IMAGE_MOUNT,
-        *_names(job, host),
-        *volumes.unpack_steps(job, VOLUMES),
         *(MakeDir(f"{DISK}/u{tmpfs.target}") for tmpfs in job.spec.tmpfs),
         _overlay(job.spec.read_only),
         Mount("proc", f"{ROOT}/proc", "proc", flags=_SYSTEM),
         Mount("sysfs", f"{ROOT}/sys", "sysfs", flags=_SYSTEM | MS_RDONLY),
         Mount("/dev", f"{ROOT}/dev", "", flags=MS_BIND | MS_REC),
+    )
+
+
+def _inside(job: Job, templated: bool) -> tuple[Step, ...]:
+    return (
+        *(() if templated else _prepared()),
+        *_with_image(job),
+        *_names(job, common.hostname(job)),
+        *volumes.unpack_steps(job, VOLUMES),
         *_memories(job),
         *volumes.bind_steps(job, VOLUMES, ROOT),
-        Cgroup((GROUP,), ((f"{GROUP}/pids.max", str(job.spec.pids_limit)),) if job.spec.pids_limit else ()),
+        *((Cgroup((GROUP,), _pids(job.spec.pids_limit)),) if job.spec.pids_limit != DEFAULT_PIDS else ()),
     )
+
+
+def _pids(limit: int) -> tuple[tuple[str, str], ...]:
+    return ((f"{GROUP}/pids.max", str(limit)),)
 
 
 IMAGE_MOUNT = Mount("/dev/vda", IMAGE, "erofs", "", MS_RDONLY | MS_NODEV)
 
 
 def _names(job: Job, host: str) -> tuple[Step, ...]:
+    """In memory, below what the application writes, so that they can be told to a machine whose root is mounted.
+
+    Nobody has looked at them before. (On ext4 a first file is 3,700 blocks of code to be translated.)
+    """
     hosts = f"127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{host}\n"
     texts = (
         ("hostname", f"{host}\n"),
         ("hosts", hosts),
-        ("resolv.conf", ""),
         ("machine-id", f"{machine_id(job.id)}\n"),
     )
-    return tuple(PutFile(f"{DISK}/u/etc/{name}", text) for name, text in texts)
+    return tuple(PutFile(f"{NAMES}/etc/{name}", text, in_place=True) for name, text in texts)
 
 
 def _overlay(read_only: bool) -> Step:
-    options = f"lowerdir={IMAGE},upperdir={DISK}/u,workdir={DISK}/w,volatile"
+    options = f"lowerdir={NAMES}:{IMAGE},upperdir={DISK}/u,workdir={DISK}/w,volatile"
     return Mount("overlay", ROOT, "overlay", options, MS_RDONLY if read_only else 0)
 
 
@@ -511,8 +511,8 @@ def _begin(frame: Frame, place: Place, disks: Mapping[str, tuple[str, bool]], d:
 
 
 def _changed(frame: Frame, disks: Mapping[str, tuple[str, bool]]) -> tuple[str, ...]:
-    """The disks that are others than the machine knows. A clone's own is what it was when its template was saved."""
-    return tuple(name for name in disks if name != "vdb" or not frame.option("cloned"))
+    """The disks of which the machine may remember others' contents. A clone remembers its own, or nothing (SETTLE)."""
+    return () if frame.option("cloned") else tuple(disks)
 
 
 def _identity(frame: Frame, changed: tuple[str, ...]) -> Identity:
@@ -520,15 +520,15 @@ def _identity(frame: Frame, changed: tuple[str, ...]) -> Identity:
 
 
 def _below_root(step: Step) -> Step:
-    """A file of the writable part, put there through the overlay that is already mounted."""
+    """A name as the application sees it: it may have changed it."""
     if not isinstance(step, PutFile):
         return step
-    return replace(step, path=step.path.replace(f"{DISK}/u/", f"{ROOT}/", 1))
+    return replace(step, path=step.path.replace(f"{NAMES}/", f"{ROOT}/", 1), in_place=False)
 
 
 def _is_name(step: Step) -> bool:
     """What a copy must not share with the machine that it is a copy of. Left alone where nothing can be written."""
-    return isinstance(step, PutFile) and step.path in (f"{DISK}/u/etc/hostname", f"{DISK}/u/etc/machine-id")
+    return isinstance(step, PutFile) and step.path in (f"{NAMES}/etc/hostname", f"{NAMES}/etc/machine-id")
 
 
 def _exercise(inside: Place, frame: Frame, n: int, d: Deadline) -> None:

@@ -41,7 +41,6 @@ class Made:
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> Made:
     monkeypatch.setattr(warm, "_PAUSE_S", 0.0)
-    monkeypatch.setattr(warm, "_lowest_priority", lambda: None)
     monkeypatch.setattr(admission, "memory_available_bytes", lambda: 1 << 40)
     return Made()
 

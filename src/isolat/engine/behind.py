@@ -1,0 +1,121 @@
+"""What is made behind the back of whoever asked for it, so that the next one finds it: templates of images.
+
+One after the other, a moment after they were asked for. A few are kept: the one that nobody has asked for the
+longest makes room, each goes when nobody has for ten minutes, and none is made while memory is scarce.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from isolat.checkpoint import counting
+from isolat.engine import admission
+from isolat.engine.journal import log
+from isolat.engine.warm import MEMORY_FREE_BYTES
+from isolat.errors import IsolatError
+
+DEFAULT_MOST = 4
+UNUSED_S = 600.0
+_PAUSE_S = 0.3  # after it was asked for first: who asked goes first
+_FAILED_S = 30.0
+
+Make = Callable[[], None]
+Remove = Callable[[str], None]
+
+
+@dataclass
+class _Kind:
+    make: Make | None  # None: it is there
+    asked_s: float
+    not_before_s: float
+
+
+class Behind:
+    """``remove`` takes away one that is there; it may be gone already."""
+
+    def __init__(self, remove: Remove, most: int) -> None:
+        self._remove = remove
+        self._most = most
+        self._kinds: dict[str, _Kind] = {}
+        self._condition = threading.Condition()
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    def want(self, key: str, make: Make) -> None:
+        """Make it soon, unless it is being made."""
+        self._ask(key, make)
+
+    def used(self, key: str) -> None:
+        """It is there, and somebody needs it."""
+        self._ask(key, None)
+
+    def close(self) -> None:
+        """Make no more. What is there stays."""
+        with self._condition:
+            self._closed = True
+            self._condition.notify_all()
+            thread = self._thread
+        if thread is not None:
+            thread.join(60)
+
+    def _ask(self, key: str, make: Make | None) -> None:
+        if not self._most or counting():
+            return
+        now = time.monotonic()
+        with self._condition:
+            kind = self._kinds.setdefault(key, _Kind(make, now, now + _PAUSE_S))
+            kind.make, kind.asked_s = make, now
+            if self._thread is None and not self._closed:
+                self._thread = threading.Thread(target=self._run, name="behind", daemon=True)
+                self._thread.start()
+            self._condition.notify_all()
+
+    def _run(self) -> None:
+        while True:
+            with self._condition:
+                work = self._next()
+                while work is None and not self._closed:
+                    self._condition.wait(self._wait_s())
+                    work = self._next()
+                if self._closed:
+                    return
+            if work is not None:
+                work()
+
+    def _wait_s(self) -> float:
+        now = time.monotonic()
+        soon = [kind.not_before_s - now for kind in self._kinds.values() if kind.make is not None]
+        return max(0.005, min([*soon, 30.0]))
+
+    def _next(self) -> Callable[[], None] | None:
+        """What is to be done next, if anything; with the lock held."""
+        now = time.monotonic()
+        oldest = min(self._kinds, key=lambda key: self._kinds[key].asked_s, default="")
+        if oldest and (len(self._kinds) > self._most or now - self._kinds[oldest].asked_s > UNUSED_S):
+            del self._kinds[oldest]
+            return partial(self._remove, oldest)
+        for key, kind in self._kinds.items():
+            if kind.make is not None and kind.not_before_s <= now:
+                return partial(self._make, key, kind)
+        return None
+
+    def _make(self, key: str, kind: _Kind) -> None:
+        make = kind.make
+        if make is None or admission.memory_available_bytes() < MEMORY_FREE_BYTES:
+            kind.not_before_s = time.monotonic() + _FAILED_S
+            return
+        try:
+            make()
+        except (IsolatError, OSError) as error:
+            log(f"a template of an image could not be made: {error}")
+            kind.not_before_s = time.monotonic() + _FAILED_S
+            return
+        with self._condition:
+            kind.make = None
+            kept = self._kinds.get(key) is kind and not self._closed
+        if not kept:
+            self._remove(key)
