@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -88,6 +89,35 @@ def test_one_that_died_in_the_pool_is_not_given_away(pool: Root) -> None:
     assert _run(pool, "echo well")[1] == "well\n"
 
 
+def _alive(root: Root) -> list[int]:
+    """All that are ready, once none of them is dead."""
+    until_warm(root, MOST)
+    while len(machines(root)) < MOST:
+        _run(root, "true")
+        until_warm(root, MOST)
+    return machines(root)
+
+
+def test_one_that_dies_while_it_is_taken_costs_a_start_and_nothing_else(pool: Root) -> None:
+    """It stands still, so that it is found alive and then does not answer; then it is killed."""
+    pids = _alive(pool)
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as user:
+        told = user.submit(_run, pool, "echo well; cat /proc/sys/kernel/hostname")
+        end = time.monotonic() + 20
+        while warm(pool) == MOST:  # none was taken yet
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        time.sleep(0.3)
+        assert not told.done(), "it answered, although it stood still"
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        id, said = told.result(60)
+    assert said.split() == ["well", id[:12]]
+    assert "died while it was taken" in pool.log()
+
+
 def test_another_kind_takes_no_machine_of_this_one(pool: Root) -> None:
     until_warm(pool, MOST)
     ready = machines(pool)
@@ -105,4 +135,4 @@ def test_nothing_is_left_of_a_pool_whose_daemon_was_killed(pool: Root) -> None:
     assert warm(pool) == 0
     assert traces.none_of_environments(pool.path) == []
     assert machines(pool) == []
-    assert len(pool.ask("templates")["templates"]) == 1
+    assert len([row for row in pool.ask("templates")["templates"] if not row["image"]]) == 1
