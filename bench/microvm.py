@@ -2,8 +2,9 @@
 
 In turns, in one run, with pauses in which the pool of machines made in advance is refilled:
 
-- `isolat run --rm --layer microvm IMAGE true` of a root with such a pool, and of one without, where each run clones
-  a template anew; `docker run --rm` with and without a network; in each series the same tree;
+- `isolat run --rm --layer microvm IMAGE true` of a root with such a pool, and of two without, where each run clones
+  a template anew: of one that has templates of images, and of one whose templates know no image (as with the first run
+  of an image); `docker run --rm` with and without a network; in each series the same tree;
 - `exec` of `true` in a microVM that runs, `crun exec`, `docker exec`;
 - `microvm/container`, beside `microvm` (from a template, too) and `container`.
 
@@ -17,6 +18,7 @@ import argparse
 import contextlib
 import json
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -32,7 +34,8 @@ TEMPLATE_RATIO = 1.0
 EXEC_MS = 15.0
 STACK_MS = 1500.0
 PAUSE_S = 0.5
-POOL, TEMPLATE = "microvm, pool", "microvm, template"
+POOL, TEMPLATE, FIRST = "microvm, pool", "microvm, template", "microvm, first"
+MADE_S = 60.0
 NONE, BRIDGE = "docker run, none", "docker run, bridge"
 SDK, CLI, CRUN, DOCKER = "exec (Python)", "isolat exec", "crun exec", "docker exec"
 STACK, CONTAINER = "microvm/container", "container"
@@ -40,10 +43,11 @@ STACK, CONTAINER = "microvm/container", "container"
 
 @dataclass
 class Roots:
-    """One whose daemon makes machines in advance, and one whose daemon doesn't."""
+    """One whose daemon makes machines in advance, one whose makes templates of images, one whose makes neither."""
 
     pool: roots.Own
     plain: roots.Own
+    bare: roots.Own
     hits: list[bool] = field(default_factory=list)
 
     def from_pool(self, image: str) -> float:
@@ -54,6 +58,20 @@ class Roots:
     def from_template(self, image: str, *layer: str) -> float:
         return lib.spend(self.plain.argv("run", "--rm", *(layer or LAYER), image, *WORDS))
 
+    def as_first(self, image: str) -> float:
+        return lib.spend(self.bare.argv("run", "--rm", *LAYER, image, *WORDS))
+
+    def ready(self, image: str) -> None:
+        """The templates are made, the image's behind a run."""
+        self.as_first(image)
+        self.from_pool(image)
+        end = time.monotonic() + MADE_S
+        self.from_template(image)
+        while not any(row["image"] for row in self.plain.ask("templates")["templates"]):
+            if time.monotonic() > end:
+                raise lib.BenchError(f"there is no template of the image {image} after {MADE_S:g} s")
+            time.sleep(PAUSE_S)
+
 
 def measure(options: argparse.Namespace) -> lib.Report:
     report = lib.Report("microvm", versions=subject.versions(), base=NONE)
@@ -61,9 +79,9 @@ def measure(options: argparse.Namespace) -> lib.Report:
         both = Roots(
             stack.enter_context(roots.own(options.image, ISOLAT_WARM="2")),
             stack.enter_context(roots.own(options.image, ISOLAT_WARM="0")),
+            stack.enter_context(roots.own(options.image, ISOLAT_WARM="0", ISOLAT_IMAGE_TEMPLATES="0")),
         )
-        both.from_template(options.image)  # the templates are made
-        both.from_pool(options.image)
+        both.ready(options.image)
         report.versions |= accelerator(both.plain)
         peer = _docker(stack, report, options)
         starts(report, both, peer, options)
@@ -94,6 +112,7 @@ def starts(report: lib.Report, both: Roots, peer: docker.Docker | None, options:
     samples: dict[str, lib.Sample] = {
         POOL: lambda: both.from_pool(options.image),
         TEMPLATE: lambda: both.from_template(options.image),
+        FIRST: lambda: both.as_first(options.image),
     }
     if peer is not None:
         samples |= {

@@ -24,6 +24,7 @@ AT_ONCE = 2
 PARK_S = 2
 MEMORY_MIB = 40.0
 ANSWER_MS = 30.0
+LATE_MOST = 1  # something else runs on every machine now and then
 ASKED = 20
 EXERCISED = 2
 LOOK_S = 5.0
@@ -39,7 +40,9 @@ class Figures:
     memory_mib_median: float
     memory_mib_most: float
     available_mib_each: float
-    first_ms_median: float  # the first exec in a machine's life, whose way is translated just then
+    first_ms_median: float  # the first exec in a machine's life
+    first_ms_most: float
+    late: int  # of first and further ones together, those that took longer than promised
     answer_ms_median: float
     answer_ms_most: float
     cpu_share: float
@@ -54,8 +57,10 @@ class Figures:
             ("of the largest", f"{self.memory_mib_most:.1f} MiB", ""),
             ("the host has less, each", f"{self.available_mib_each:.1f} MiB", ""),
             ("first exec, parked", f"{self.first_ms_median:.1f} ms", ""),
-            ("further ones, parked", f"{self.answer_ms_median:.1f} ms", f"at most {ANSWER_MS:g} ms"),
+            (f"the slowest of {ASKED}", f"{self.first_ms_most:.1f} ms", ""),
+            ("further ones, parked", f"{self.answer_ms_median:.1f} ms", ""),
             (f"the slowest of {ASKED}", f"{self.answer_ms_most:.1f} ms", ""),
+            (f"slower than {ANSWER_MS:g} ms", f"{self.late}", f"at most {LATE_MOST} of {2 * ASKED}"),
             ("CPU while all are parked", f"{100 * self.cpu_share:.2f} %", "of one processor"),
             ("removed per second", f"{self.removed_per_s:.1f}", ""),
         )
@@ -66,7 +71,10 @@ def measure(root: Root, count: int) -> Figures:
     """Start so many, let them be parked, ask some, remove all. Asserts that all are there, and afterwards gone."""
     root.ensure_daemon()
     asked = spec("sleep", "infinity", x_microvm={"park_s": PARK_S})
-    root.ask("rm", {"env": root.run_detached(asked), "force": True})  # the template is booted
+    root.ask(
+        "rm", {"env": root.run_detached(asked), "force": True}
+    )  # the template is booted, and behind it the image's
+    _until_image_template(root)
     before = _available_mib()
     with ThreadPoolExecutor(AT_ONCE) as users:
         began = time.monotonic()
@@ -99,6 +107,8 @@ def measure(root: Root, count: int) -> Figures:
         max(memory),
         available,
         statistics.median(first),
+        max(first),
+        sum(ms > ANSWER_MS for ms in (*first, *answers)),
         statistics.median(answers),
         max(answers),
         share,
@@ -109,6 +119,13 @@ def measure(root: Root, count: int) -> Figures:
 def _available_mib() -> float:
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 1024
+
+
+def _until_image_template(root: Root) -> None:
+    end = time.monotonic() + 30
+    while not any(row["image"] for row in root.ask("templates")["templates"]):
+        assert time.monotonic() < end, "there is no template of the image"
+        time.sleep(0.1)
 
 
 def _until_all_parked(pids: list[int]) -> None:
@@ -162,7 +179,7 @@ def test_three_hundred_microvms_as_promised(crowd_root: Root) -> None:
     print(f"\n{figures.table()}")
     assert figures.parked >= 290
     assert figures.memory_mib_median <= MEMORY_MIB
-    assert figures.answer_ms_median <= ANSWER_MS
+    assert figures.late <= LATE_MOST
 
 
 @pytest.mark.soak
