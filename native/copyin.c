@@ -21,7 +21,12 @@
 
 static Tape tape;
 static Entry entry;
-static const char *end_early = "the archive ends too early, or is damaged";
+
+static int damaged(void)
+{
+    dprintf(2, "the archive ends too early, or is damaged\n");
+    return COPY_FAILED;
+}
 
 /* Everything below the tree's root; of one thing its name goes first, and is taken off. */
 static int unpack_rest(Tree *tree, size_t taken)
@@ -39,7 +44,7 @@ static int unpack_rest(Tree *tree, size_t taken)
             return COPY_FAILED;
     }
     if (found < 0)
-        return copy_refuse(COPY_FAILED, entry.path, end_early);
+        return damaged();
     return unpack_finish(tree) && tape_drain(&tape) ? 0 : COPY_FAILED;
 }
 
@@ -134,6 +139,6 @@ int copy_in(const Copy *c, const char *path, const char *name)
     if (c->archive)
         return archive_in(c, path);
     if (tar_read(&tape, &entry) <= 0)
-        return copy_refuse(COPY_FAILED, path, end_early);
+        return damaged();
     return item_in(c, path, name);
 }

@@ -13,12 +13,17 @@ enum { ATTRIBUTE_NAMES = 16 << 10, ATTRIBUTE_BYTES = 64 << 10 };
 
 static Tape tape;
 static const Copy *copy;
+static const char *at;  /* the path that was asked for */
+static size_t name_len; /* of what stands for it in the archive */
 static dev_t device; /* that it begins on */
 static bool begun;
 
 static Walk left_out(const char *why)
 {
-    dprintf(2, "left out: \"%.250s\": %s\n", walked, why);
+    size_t n = strlen(at);
+    while (n > 1 && at[n - 1] == '/')
+        n--;
+    dprintf(2, "left out: \"%.*s%.250s\": %s\n", n < 250 ? (int)n : 250, at, walked + name_len, why);
     return WALK_OVER;
 }
 
@@ -55,9 +60,9 @@ static void attributes(int fd, Buf *records)
 {
     static char names[ATTRIBUTE_NAMES], value[ATTRIBUTE_BYTES], key[300];
     ssize_t n = flistxattr(fd, names, sizeof names), m;
-    for (const char *at = names; n > 0 && at < names + n; at += strlen(at) + 1)
-        if (goes_along(at) && (m = fgetxattr(fd, at, value, sizeof value)) >= 0) {
-            snprintf(key, sizeof key, "SCHILY.xattr.%s", at);
+    for (const char *next = names; n > 0 && next < names + n; next += strlen(next) + 1)
+        if (goes_along(next) && (m = fgetxattr(fd, next, value, sizeof value)) >= 0) {
+            snprintf(key, sizeof key, "SCHILY.xattr.%s", next);
             tar_record(records, key, value, (size_t)m);
         }
 }
@@ -140,6 +145,8 @@ int copy_out(const Copy *c, const char *path, const char *name)
     char found[256];
     struct stat st;
     copy = c;
+    at = path;
+    name_len = strlen(name);
     int dir = find(c, path, found);
     if (dir < 0 || fstatat(dir, found, &st, AT_SYMLINK_NOFOLLOW))
         return copy_fail(errno == ENOENT ? COPY_ABSENT : COPY_REFUSED, path);

@@ -206,8 +206,10 @@ static bool put_other(int dir, const char *name, const struct stat *st)
     static Entry e;
     struct stat now;
     strcpy(walked, path);
-    if (!tree_entry(&e, dir, name, st) || !inside(&e))
-        return errno == ENOENT;
+    if (!tree_entry(&e, dir, name, st)) /* it has gone, or is no link any more */
+        return errno == ENOENT || errno == EINVAL || failed("reading");
+    if (!inside(&e))
+        return false;
     if (!e.type || !strncmp(name, WHITEOUT, strlen(WHITEOUT))) {
         dprintf(2, "left out: \"%.250s\": %s\n", path, e.type ? "a layer has no such name" : "it is a socket");
         return true;

@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 enum { SPECIAL_MAX = 1 << 20 }; /* of one extended header */
+#define OCTAL_MAX 077777777777u /* what a header has room for */
 
 /* ustar's header; all in text. */
 typedef struct {
@@ -153,7 +154,7 @@ static bool number(const char *text, size_t n, uint64_t *value)
     if (text[0] & 0x80) {
         for (i = 1; i < n; i++)
             *value = *value << 8 | (uint8_t)text[i];
-        return n <= 8 || *value >> 63 == 0 || damaged();
+        return n <= 8 || *value >> 63 == 0 || (uint8_t)text[0] == 0xff || damaged(); /* with all bits: below zero */
     }
     while (i < n && text[i] == ' ')
         i++;
@@ -445,7 +446,7 @@ static bool put_header(Tape *t, char type, const char *path, const Entry *e, uns
     snprintf(h.mode, sizeof h.mode, "%07o", mode & 07777u);
     snprintf(h.uid, sizeof h.uid, "%07o", 0u);
     snprintf(h.gid, sizeof h.gid, "%07o", 0u);
-    snprintf(h.size, sizeof h.size, "%011" PRIo64, size & 077777777777u);
+    snprintf(h.size, sizeof h.size, "%011" PRIo64, size & OCTAL_MAX);
     snprintf(h.mtime, sizeof h.mtime, "%011o", 0u);
     if (e && (type == '3' || type == '4')) {
         snprintf(h.major, sizeof h.major, "%07o", e->major & 07777777u);
@@ -472,7 +473,7 @@ bool tar_write(Tape *t, const Entry *e)
     put_time(&b, e);
     put_number(&b, "uid", e->uid);
     put_number(&b, "gid", e->gid);
-    if (e->size)
+    if (e->size > OCTAL_MAX)
         put_number(&b, "size", e->size);
     if (e->same)
         put_text_record(&b, "ISOLAT.same", "1");

@@ -64,7 +64,7 @@ class Landing:
                 else:
                     self._put(reader, entry, self._below(top, entry.name), top)
             for parts, entry in reversed(self._late):
-                with _told(entry):
+                with _told(parts):
                     fd = os.open(parts[-1], _OPEN, dir_fd=self._opened(parts[:-1]))
                     self._dress(fd, entry, _DIRECTORY_MODES)
             if top is None:
@@ -125,14 +125,14 @@ class Landing:
     def _put(self, reader: Reader, entry: Entry, parts: Parts, top: Parts) -> None:
         if not parts:
             return  # the caller's own directory stays as it is
-        with _told(entry):
+        with _told(parts):
             at = self._opened(parts[:-1])
             if entry.kind is DIRECTORY:
                 self._make_directory(entry, parts, at)
                 return
             make = self._maker(reader, entry, at, top)
             if make is None:
-                self.tell(f"{escaped(entry.name)}: it is a device")
+                self.tell(f"{_shown(parts)}: it is a device")
                 return
             _replace(at, parts[-1], make)
             self._made.add(parts)
@@ -200,13 +200,17 @@ class Landing:
 
 
 @contextlib.contextmanager
-def _told(entry: Entry) -> Iterator[None]:
+def _told(parts: Parts) -> Iterator[None]:
     try:
         yield
     except (OSError, OverflowError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
         number = (error.errno if isinstance(error, OSError) else 0) or 0
-        raise CopyFailed(f"{escaped(entry.name)} can't be made: {why}", errno=number) from error
+        raise CopyFailed(f"{_shown(parts)} can't be made: {why}", errno=number) from error
+
+
+def _shown(parts: Parts) -> str:
+    return escaped(b"/".join(parts))
 
 
 def _replace(at: int, name: bytes, make: Callable[[bytes], None]) -> None:

@@ -17,6 +17,7 @@ from typing import Any, Literal, Unpack, overload
 from isolat.client import archives, connect, logs, registries, streams
 from isolat.client import build as sources
 from isolat.client.build import BuildOptions
+from isolat.client.files import HasFiles
 from isolat.client.service import Options, service
 from isolat.client.times import NS
 from isolat.errors import DeadlineExceeded, IsolatError, Lost, ProtocolError, StartFailed
@@ -64,7 +65,7 @@ class Exit:
     reason: str = ""
 
 
-class Environment:
+class Environment(HasFiles):
     """One environment. As a context manager it is removed at the end, whatever it does."""
 
     def __init__(self, client: Client, id: str, name: str, row: Mapping[str, Any] | None = None) -> None:

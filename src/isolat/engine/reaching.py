@@ -21,7 +21,7 @@ from isolat.engine.journal import log
 from isolat.engine.keepers import Keepers, quit_keeper
 from isolat.engine.maker import START_S, Maker
 from isolat.engine.paths import native_dir
-from isolat.errors import IsolatError, Unsupported
+from isolat.errors import IsolatError, Refused, Unsupported
 from isolat.guest.files import AGENT
 from isolat.images.store import ImageStore
 from isolat.layers import registry
@@ -55,10 +55,13 @@ class Reaching:
             yield layer.copier(env.handle.frames[n], place, self._agent(env, n))
             return
         keeping = _keeping(env)
+        if write and env.spec.read_only:
+            raise Refused(f"{env.name} was not to write to its root file system (--read-only), so nobody else does")
         frame, d = env.handle.frames[n], Deadline(START_S)
         root = keeping.root(frame, write=write)
         with self._opened(env, d) as place:
             try:
+                place.revert(root.steps, d)  # what a machine that was killed has left on its disk
                 place.carry_out(root.steps, d)
                 checkpoint()
                 killed_next = ("--disk", root.disk) if write and _is_machine(env) else ()
