@@ -13,6 +13,7 @@ import pytest
 from isolat.engine.paths import StateRoot
 from isolat.errors import IsolatError, Unsupported
 from isolat.layers.base import CanEnter, CanShow
+from isolat.layers.files import CanCopy, CanKeep
 from isolat.layers.registry import LAYERS
 from tests.conformance.subject import Subject
 from tests.support import traces
@@ -71,6 +72,22 @@ def test_only_what_can_be_entered_declares_it(subject: Subject) -> None:
 def test_only_what_has_a_screen_declares_it(subject: Subject) -> None:
     for layer in subject.layers:
         assert isinstance(layer, CanShow) == layer.capabilities.screen, layer.name
+
+
+def test_only_what_has_files_of_its_own_declares_it(subject: Subject) -> None:
+    for layer in subject.layers:
+        assert isinstance(layer, CanCopy) == layer.capabilities.copies, layer.name
+        assert isinstance(layer, CanKeep) == layer.capabilities.apart, layer.name
+
+
+@pytest.mark.parametrize("verb", ["copy_out", "export", "diff", "commit"])
+@pytest.mark.applies(to=lambda s, verb: not (s.can.copies if verb in ("copy_out", "export") else s.can.apart))
+def test_what_has_no_files_of_its_own_says_so(root: Root, subject: Subject, verb: str) -> None:
+    id = root.run_detached(subject.spec("sleep", "600"))
+    more = {"path": "/", "name": "0"} if verb == "copy_out" else {}
+    with pytest.raises(Unsupported) as told:
+        root.ask(verb, {"env": id, **more})
+    assert told.value.hint
 
 
 @pytest.mark.applies(to=lambda s: not s.can.screen)

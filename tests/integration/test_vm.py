@@ -55,6 +55,17 @@ def _exec(root: Root, env: str, *command: str, **more: Any) -> tuple[int | None,
     return code, bytes(stream.out), bytes(stream.err)
 
 
+def test_files_go_in_and_out_while_it_runs(machines_root: Root, pc: str, tmp_path: Path) -> None:
+    (tmp_path / "words").write_text("words")
+    machines_root.ok("cp", "-a", str(tmp_path), f"{pc}:/srv/new")
+    assert _exec(machines_root, pc, "cat", "/srv/new/words")[1] == b"words"
+    machines_root.ok("cp", f"{pc}:/srv/new/words", str(tmp_path / "back"))
+    assert (tmp_path / "back").read_text() == "words"
+    for verb in ("diff", "commit"):
+        done = machines_root.cli(verb, pc)
+        assert (done.returncode, b"not kept apart" in done.stderr) == (125, True)
+
+
 def test_it_is_a_whole_system(machines_root: Root, pc: str) -> None:
     script = "cat /proc/1/comm; stat -f -c %T /; hostname; getent hosts box; systemctl is-active dbus; ls /dev/vda1"
     found = _exec(machines_root, pc, "sh", "-c", script)
