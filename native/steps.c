@@ -374,6 +374,17 @@ static bool remove_cgroup(int parent, const char *name, int depth)
     return !unlinkat(parent, name, AT_REMOVEDIR) || errno == ENOENT;
 }
 
+/* What one hierarchy has frozen is waited for in all of them. */
+static void thaw(char **paths)
+{
+    for (; *paths; paths++) {
+        int dir = our_cgroup(*paths) ? open(*paths, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC) : -1;
+        if (dir >= 0)
+            write_in(dir, "freezer.state", "THAWED");
+        close_fd(&dir);
+    }
+}
+
 static bool cgroup_undo(Step *s)
 {
     int64_t end = ticks_ms() + CGROUP_MS;
@@ -381,6 +392,7 @@ static bool cgroup_undo(Step *s)
     size_t n = 0;
     while (paths[n])
         n++;
+    thaw(paths);
     while (n--) { /* backwards: a directory may be listed after its parent */
         if (!our_cgroup(paths[n]))
             return refused(s, "this is none of our cgroups", paths[n]);

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import signal
 import subprocess
 import tarfile
 import time
@@ -241,6 +243,23 @@ def test_a_killed_daemon_leaves_nobody_frozen_and_nothing_half(fresh_root: Root)
     assert root.ok("system", "check") == "all is well"
     root.ok("commit", "-q", id, "whole")
     assert not _frozen(id)
+
+
+def test_a_killed_keeper_leaves_nobody_frozen_either(root: Root) -> None:
+    """What is frozen can't even die: it has to be thawed first, by whoever ends it."""
+    script = "head -c 60000000 /dev/urandom > /big; echo ready; exec sleep 600"
+    id = root.ok("run", "-d", "debian", "sh", "-c", script)
+    while "ready" not in root.ok("logs", id):
+        time.sleep(0.05)
+    keeper = int(root.ask("inspect", {"env": id})["keeper_pid"])
+    with root.popen("commit", id, "none", stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        while not _frozen(id):
+            pass
+        os.kill(keeper, signal.SIGKILL)
+        assert process.wait(30) == 125
+    root.until_state(id, "lost")
+    root.ok("rm", id)
+    assert "none" not in root.ok("images")
 
 
 def test_who_does_not_wait_for_it_gets_none(root: Root) -> None:

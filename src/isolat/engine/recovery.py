@@ -125,9 +125,11 @@ class Recovery:
 
     def sweep(self, known: set[str], facts: Facts) -> None:
         """Remove control groups and runtime states of environments that no handle knows."""
-        for group in _groups(self._paths, facts):
-            if group.name not in known:
-                _remove_group(group)
+        nobodys = [group for group in _groups(self._paths, facts) if group.name not in known]
+        for group in nobodys:
+            _thaw(group)
+        for group in nobodys:
+            _remove_group(group)
         for state in self._paths.runtime.iterdir():
             if state.is_dir() and state.name not in known and not state.name.startswith("."):
                 shutil.rmtree(state, ignore_errors=True)
@@ -135,7 +137,10 @@ class Recovery:
     @staticmethod
     def remove_cgroups(paths: StateRoot, facts: Facts) -> None:
         """Every control group of this root, and the common parent where no other root uses it."""
-        for group in _groups(paths, facts):
+        groups = _groups(paths, facts)
+        for group in groups:
+            _thaw(group)
+        for group in groups:
             _remove_group(group)
         Recovery.leave_cgroups(paths, facts)
 
@@ -178,6 +183,12 @@ def _groups(paths: StateRoot, facts: Facts) -> list[Path]:
         with contextlib.suppress(OSError):
             found += [entry for entry in parent.iterdir() if entry.is_dir()]
     return found
+
+
+def _thaw(group: Path) -> None:
+    """What is frozen does not even die (freezer-subsystem.rst); it is waited for in all hierarchies."""
+    with contextlib.suppress(OSError):
+        (group / "freezer.state").write_text("THAWED")
 
 
 def _remove_group(group: Path) -> None:

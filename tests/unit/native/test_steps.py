@@ -258,6 +258,24 @@ def test_cgroup(c: Controller) -> None:
 
 
 @pytest.mark.root
+def test_what_is_frozen_goes_with_its_group(c: Controller) -> None:
+    """It dies only when it is thawed, which on v1 is another hierarchy's matter than those that wait for its end."""
+    dirs = [root / f"isolat-test-frozen-{os.getpid()}" for root in reversed(cgroup_roots())]
+    fields: codec.Fields = [(k.T_PATH, bytes(d)) for d in dirs]
+    c.step(CGROUP, fields)
+    client = c.adopt("p")
+    c.spawn("p", [SH, "-c", "echo ready; sleep 60"], more=[(k.T_CGROUP, bytes(d / "cgroup.procs")) for d in dirs])
+    client.read_until(b"ready")
+    for file in (d / name for d in dirs for name in ("freezer.state", "cgroup.freeze")):
+        if file.exists():
+            file.write_text("FROZEN" if file.name == "freezer.state" else "1")
+    c.step(CGROUP, fields, revert=True)
+    assert not any(d.exists() for d in dirs)
+    assert client.finish().code == 137
+    client.close()
+
+
+@pytest.mark.root
 def test_a_process_is_born_in_its_only_group_and_moves_where_that_can_not_be(c: Controller) -> None:
     """Born: of a group of the second version it is a member before it runs."""
     mounted = (line.split()[1] for line in Path("/proc/mounts").read_text().splitlines() if " cgroup2 " in line)
