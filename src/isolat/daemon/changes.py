@@ -8,7 +8,7 @@ from isolat.engine import changes
 
 def diff(call: Call) -> Answer:
     env = call.engine.find(call.args.text("env"))
-    return {"changes": changes.lines(changes.diff(call.engine, env))}
+    return {"changes": changes.lines(changes.diff(call.engine, env, call.gone))}
 
 
 def commit(call: Call) -> Answer:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -53,7 +54,10 @@ class Wanted:
     pause: bool = True
 
 
-def diff(engine: Engine, env: Environment) -> list[tuple[str, str]]:
+Gone = Callable[[], bool]  # nobody waits for it any more
+
+
+def diff(engine: Engine, env: Environment, gone: Gone = lambda: False) -> list[tuple[str, str]]:
     """(A, C or D, path) as Docker's `diff` tells it, in the order of the paths."""
     states.check(Verb.DIFF, env.state, env.name)
     told = bytearray()
@@ -64,18 +68,13 @@ def diff(engine: Engine, env: Environment) -> list[tuple[str, str]]:
         told.extend(data)
 
     with _held(env, Verb.DIFF), engine.reaching.writable(env) as (copier, writable):
-        _read(engine, env, copier, writable, "--changes", take, freeze=False)
+        _read(engine, env, copier, writable, "--changes", take, gone, freeze=False)
     entries = (entry.decode("utf-8", "surrogateescape") for entry in bytes(told).split(b"\0") if entry)
     return sorted(((entry[:1], f"/{entry[1:]}") for entry in entries), key=lambda one: one[1])
 
 
-def commit(
-    engine: Engine, env: Environment, wanted: Wanted, progress: Progress, gone: Callable[[], bool] = lambda: False
-) -> Image:
-    """The environment's image with one more layer. Raises Unsupported, UsageError, and what the store raises.
-
-    ``gone``: nobody waits for it any more.
-    """
+def commit(engine: Engine, env: Environment, wanted: Wanted, progress: Progress, gone: Gone = lambda: False) -> Image:
+    """The environment's image with one more layer. Raises Unsupported, UsageError, and what the store raises."""
     states.check(Verb.COMMIT, env.state, env.name)
     for name in wanted.names:
         parse_name(name)
@@ -120,25 +119,23 @@ class _Layer:
     writable: Writable
     freeze: bool
     progress: Progress
-    gone: Callable[[], bool]
+    gone: Gone
 
     def __call__(self, out: BinaryIO) -> None:
-        done, looked_s = 0, 0.0
+        done, told_s = 0, 0.0
         most = 2 * self.env.spec.disk_bytes + _ARCHIVE_MORE_BYTES
 
         def take(data: bytes) -> None:
-            nonlocal done, looked_s
+            nonlocal done, told_s
             done += len(data)
             if done > most:
                 raise CopyFailed(f"what {self.env.name} has written is more than its disk could hold")
-            if time.monotonic() - looked_s > _LOOK_S:
-                looked_s = time.monotonic()
-                if self.gone():
-                    raise CopyFailed("nobody waits for the new image any more")
+            if time.monotonic() - told_s > _LOOK_S:
+                told_s = time.monotonic()
                 self.progress(f"reading what {self.env.name} has changed", done, 0)
             out.write(data)
 
-        _read(self.engine, self.env, self.copier, self.writable, "--layer", take, freeze=self.freeze)
+        _read(self.engine, self.env, self.copier, self.writable, "--layer", take, self.gone, freeze=self.freeze)
 
 
 def _read(
@@ -148,6 +145,7 @@ def _read(
     writable: Writable,
     how: str,
     take: Callable[[bytes], object],
+    gone: Gone,
     *,
     freeze: bool,
 ) -> None:
@@ -161,11 +159,32 @@ def _read(
     skipped += [word for path in _mounted(engine, env) for word in ("--mount", path)]
     words = (how, "--shift", str(writable.shift), *frozen, *skipped, writable.upper, writable.lower)
     try:
-        with running(env, copier, words, stdin=False) as ours:
+        with running(env, copier, words, stdin=False) as ours, _cut_off(ours, gone):
             listen(ours, take)
     finally:
         if freeze:
             _thaw(copier.place, writable.freezer)
+
+
+@contextlib.contextmanager
+def _cut_off(sock: socket.socket, gone: Gone) -> Iterator[None]:
+    """End the conversation when nobody waits for it: a machine may say nothing more for ever."""
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(_LOOK_S):
+            if gone():
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+                return
+
+    watcher = threading.Thread(target=look, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
 
 
 def listen(sock: socket.socket, take: Callable[[bytes], object]) -> None:
