@@ -20,6 +20,10 @@ static bool begun;
 
 static Walk left_out(const char *why)
 {
+    if (!walked[name_len]) { /* it is all that was asked for */
+        copy_refuse(COPY_FAILED, at, why);
+        return WALK_STOP;
+    }
     size_t n = strlen(at);
     while (n > 1 && at[n - 1] == '/')
         n--;

@@ -132,7 +132,7 @@ class _Layer:
                 raise CopyFailed(f"what {self.env.name} has written is more than its disk could hold")
             if time.monotonic() - told_s > _LOOK_S:
                 told_s = time.monotonic()
-                self.progress(f"reading what {self.env.name} has changed", done, 0)
+                self.progress(f"reading what {self.env.name} has changed, bytes", done, 0)
             out.write(data)
 
         _read(self.engine, self.env, self.copier, self.writable, "--layer", take, self.gone, freeze=self.freeze)

@@ -298,6 +298,8 @@ def test_devices_and_sockets_are_left_out_and_told(root: Path) -> None:
     done = _run("--copy-out", "--root", root, "/there", "0")
     assert done.returncode == 0
     assert done.stderr == b'left out: "/there/null": it is a device\n'
+    alone = _run("--copy-out", "--root", root, "/there/null", "0")
+    assert (alone.returncode, alone.stderr) == (FAILED, b'"/there/null": it is a device\n')
 
 
 def test_the_whole_is_without_what_is_mounted_in_it(root: Path) -> None:
