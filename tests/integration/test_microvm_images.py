@@ -35,13 +35,18 @@ def of_images(root: Root) -> list[dict[str, Any]]:
     return [row for row in root.ask("templates")["templates"] if row["image"]]
 
 
+def _made(row: dict[str, Any]) -> tuple[str, int]:
+    """One that is made anew has the same id."""
+    return row["id"], row["created_ns"]
+
+
 def until_made(root: Root, *more: str, seconds: float = 40) -> dict[str, Any]:
     """Run it until there is a template of it, and tell which one that is."""
-    before = {row["id"] for row in of_images(root)}
+    before = {_made(row) for row in of_images(root)}
     root.ok("run", "--rm", *LAYER, *more, "debian", "true")
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        found = [row for row in of_images(root) if row["id"] not in before]
+        found = [row for row in of_images(root) if _made(row) not in before]
         if found:
             return found[0]
         time.sleep(0.1)
@@ -116,9 +121,8 @@ def test_another_file_of_the_same_image_is_not_taken_for_it(root: Root, template
     shutil.copyfile(file, beside)
     os.utime(beside, ns=(1, 1))
     beside.rename(file)
-    root.ok("run", "--rm", *LAYER, "debian", "true")
-    assert template["id"] not in [row["id"] for row in of_images(root) if row["created_ns"] == template["created_ns"]]
     made = until_made(root)
+    assert _made(template) not in [_made(row) for row in of_images(root)]
     assert _is_clone_of(root, root.run_detached(spec("sleep", "600")), made)
 
 
