@@ -82,8 +82,8 @@ class Promise:
 
     def line(self) -> str:
         sign = ">=" if self.at_least else "<="
-        verdict = "met   " if self.met else "MISSED"
-        return f"{verdict}  {self.text}: {self.value:.4g}{self.unit} (promised {sign} {self.limit:g}{self.unit})"
+        verdict = "met" if self.met else "MISSED"
+        return f"{verdict} {self.text}: {self.value:.4g}{self.unit} (promised {sign} {self.limit:g}{self.unit})"
 
 
 @dataclass
@@ -119,6 +119,7 @@ class Report:
             "figures": {name: round(value, 4) for name, value in self.figures.items()},
             "promises": [asdict(promise) | {"met": promise.met} for promise in self.promises],
             "missing": self.missing,
+            "base": self.base,
             "kept": self.kept,
         }
 
@@ -230,7 +231,11 @@ def machine() -> dict[str, Any]:
 
 
 def machine_line() -> str:
-    it = machine()
+    return machine_words(machine())
+
+
+def machine_words(it: Mapping[str, Any]) -> str:
+    """What ``machine`` found, in one line."""
     kind = "a virtual machine" if it["virtual"] else "a machine"
     return (
         f"{kind}: {it['cpus']} x {it['cpu']}, {it['memory_mib']} MiB, Linux {it['kernel']}, {it['system']}, "
