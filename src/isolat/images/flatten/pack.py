@@ -1,8 +1,7 @@
 """A directory tree as the tar archive of an OCI layer: the same bytes for the same tree.
 
-The other way of ``flatten``: of a mounted image, of a tree that was just made, or of an overlay's upper directory,
-whose whiteouts and opaque directories become those of a layer (image-spec layer.md;
-Documentation/filesystems/overlayfs.rst).
+The other way of ``flatten``: of a mounted image, or of a tree that was just made. (What an environment has changed is
+written by native/layer.c, which knows an overlay's marks.)
 
 The tree may be of somebody who would like to be somewhere else: every name is looked up in its directory's descriptor
 and never followed. Entries are in the order of their bytes, a directory before what is in it, a second name of a file
@@ -28,12 +27,7 @@ BLOCK = 512
 _CHUNK = 1 << 20
 _HOLES_FROM = 8 << 20  # smaller holes are written as zeros: Docker 20 loads sparse files, but can't save them again
 _OCTAL_7, _OCTAL_11 = 8**7 - 1, 8**11 - 1
-_OVERLAY = (b"trusted.overlay.", b"user.overlay.")
-_OPAQUE = b"opaque"
-_MOVED = (b"redirect", b"metacopy")
-_WHITEOUT, _OPAQUE_MARK = b".wh.", b".wh..wh..opq"
-_CAPABILITY = b"security.capability"
-_CAPABILITY_3, _CAPABILITY_2 = 0x03000000, 0x02000000  # <linux/capability.h>: VFS_CAP_REVISION_3 has a root id
+_OVERLAY = (b"trusted.overlay.", b"user.overlay.")  # overlayfs's own marks: Documentation/filesystems/overlayfs.rst
 
 
 class Writer(Protocol):
@@ -90,23 +84,20 @@ class _Open:
             self.leave()
 
 
-def pack(tree: Path, out: Writer, *, uid_shift: int = 0, overlay: bool = False, skip: Collection[str] = ()) -> str:
+def pack(tree: Path, out: Writer, *, skip: Collection[str] = ()) -> str:
     """Write the archive and return its digest, which is the layer's diff id.
 
-    ``uid_shift`` is taken off every owner; ``skip``: paths below ``tree`` that are left out with all that is in them.
-    Sockets are left out: an archive has no place for them. Raises StoreError for an owner below ``uid_shift`` and for
-    an overlay that has moved directories, OSError for what can't be read.
+    ``skip``: paths below ``tree`` that are left out with all that is in them. Sockets are left out: an archive has no
+    place for them. Raises OSError for what can't be read, StoreError for what is exchanged meanwhile.
     """
-    packer = _Packer(out, uid_shift, overlay, frozenset(os.fsencode(name) for name in skip))
+    packer = _Packer(out, frozenset(os.fsencode(name) for name in skip))
     packer.tree(tree)
     return packer.finish()
 
 
 class _Packer:
-    def __init__(self, out: Writer, uid_shift: int, overlay: bool, skip: frozenset[bytes]) -> None:
+    def __init__(self, out: Writer, skip: frozenset[bytes]) -> None:
         self._out = out
-        self._shift = uid_shift
-        self._overlay = overlay
         self._skip = skip
         self._sha = hashlib.sha256()
         self._first: dict[tuple[int, int], bytes] = {}  # of a file with several names
@@ -119,7 +110,7 @@ class _Packer:
         top = os.open(tree, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         stack = [_Open(top, b"")]
         try:
-            self._header(_Entry(top, b".", b"./", os.fstat(top), self._xattrs(b"/proc/self/fd/%d/." % top)))
+            self._header(_Entry(top, b".", b"./", os.fstat(top), _xattrs(b"/proc/self/fd/%d/." % top)))
             while stack:
                 here = stack[-1]
                 name = next(here.names, None)
@@ -140,13 +131,10 @@ class _Packer:
         """Write one. Returns the descriptor of a directory, which is to be gone through next, else -1."""
         found = os.lstat(name, dir_fd=directory)
         kind = stat.S_IFMT(found.st_mode)
-        if self._overlay and kind == stat.S_IFCHR and found.st_rdev == 0:
-            self._whiteout(path, found)
-            return -1
         if kind == stat.S_IFSOCK:
             return -1
         entry = _Entry(directory, name, path, found)
-        entry = _Entry(directory, name, path, found, self._xattrs(entry.here))
+        entry = _Entry(directory, name, path, found, _xattrs(entry.here))
         if kind == stat.S_IFDIR:
             return self._directory(entry)
         if found.st_nlink > 1 and not self._is_first(entry):
@@ -158,10 +146,7 @@ class _Packer:
         return -1
 
     def _directory(self, entry: _Entry) -> int:
-        opaque = self._overlay and _is_opaque(_raw_xattrs(entry.here))
         self._header(_Entry(entry.directory, entry.name, entry.path + b"/", entry.found, entry.xattrs))
-        if opaque:
-            self._whiteout(entry.path + b"/" + _OPAQUE_MARK[len(_WHITEOUT) :], entry.found)
         return os.open(entry.name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=entry.directory)
 
     def _is_first(self, entry: _Entry) -> bool:
@@ -172,14 +157,6 @@ class _Packer:
             return True
         self._write_header(entry, b"1", 0, first, {})
         return False
-
-    def _whiteout(self, path: bytes, found: os.stat_result) -> None:
-        directory, _, name = path.rpartition(b"/")
-        at = (directory + b"/" if directory else b"") + _WHITEOUT + name
-        if len(at) > 100 or not at.isascii():
-            self._records({b"path": at})
-        seconds = min(max(int(found.st_mtime), 0), _OCTAL_11)
-        self._put(_ustar(at[:100], 0o600, 0, 0, 0, seconds, b"0", b"", 0))
 
     # contents
 
@@ -242,7 +219,7 @@ class _Packer:
         self, entry: _Entry, kind: bytes, size: int, link: bytes, more: dict[bytes, bytes], name: bytes = b""
     ) -> None:
         found = entry.found
-        uid, gid = self._owner(found.st_uid, entry.path), self._owner(found.st_gid, entry.path)
+        uid, gid = found.st_uid, found.st_gid
         name = name or entry.path
         records = dict(more)
         if len(name) > 100 or not name.isascii():
@@ -278,23 +255,6 @@ class _Packer:
         data = b"".join(_record(key, value) for key, value in records.items())
         self._put(_ustar(b"PaxHeaders.0", 0o644, 0, 0, len(data), 0, b"x", b"", 0))
         self._put(data + bytes(-len(data) % BLOCK))
-
-    def _owner(self, number: int, path: bytes) -> int:
-        if number < self._shift:
-            raise StoreError(
-                f"{os.fsdecode(path)} belongs to {number}, which is nobody inside (ids begin at {self._shift})",
-                stage="packing a layer",
-            )
-        return number - self._shift
-
-    def _xattrs(self, path: bytes) -> dict[bytes, bytes]:
-        found = _raw_xattrs(path)
-        if self._overlay and any(key.endswith(_MOVED) and key.startswith(_OVERLAY) for key in found):
-            raise StoreError(f"{os.fsdecode(path)} was moved by the overlay and not copied", stage="packing a layer")
-        kept = {key: value for key, value in found.items() if not key.startswith(_OVERLAY)}
-        if self._shift and _CAPABILITY in kept:
-            kept[_CAPABILITY] = _unshifted(kept[_CAPABILITY], self._shift)
-        return kept
 
 
 _TYPES = {
@@ -334,28 +294,15 @@ def _data_parts(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
         yield size, 0  # a last empty part says how far the hole goes, for readers that look at parts only
 
 
-def _raw_xattrs(path: bytes) -> dict[bytes, bytes]:
+def _xattrs(path: bytes) -> dict[bytes, bytes]:
     try:
         names = os.listxattr(path, follow_symlinks=False)
     except OSError as error:
         if error.errno in (errno.ENOTSUP, errno.ENODATA):
             return {}
         raise
-    return {os.fsencode(name): os.getxattr(path, name, follow_symlinks=False) for name in names}
-
-
-def _is_opaque(xattrs: dict[bytes, bytes]) -> bool:
-    return any(xattrs.get(prefix + _OPAQUE) == b"y" for prefix in _OVERLAY)
-
-
-def _unshifted(value: bytes, shift: int) -> bytes:
-    """A capability that counts for root of the environment counts for root: capabilities(7), "Namespaced file…"."""
-    if len(value) != 24:
-        return value
-    magic, *sets, root = struct.unpack("<6I", value)
-    if magic & 0xFF000000 != _CAPABILITY_3 or root != shift:
-        return value
-    return struct.pack("<5I", _CAPABILITY_2 | magic & 1, *sets)
+    found = {os.fsencode(name): os.getxattr(path, name, follow_symlinks=False) for name in names}
+    return {key: value for key, value in found.items() if not key.startswith(_OVERLAY)}
 
 
 def _record(key: bytes, value: bytes) -> bytes:
