@@ -28,8 +28,9 @@ from isolat.engine.handle import Handle
 from isolat.engine.hosting import Hosting
 from isolat.engine.journal import log
 from isolat.engine.keepers import Keepers
-from isolat.engine.maker import START_S, Caller, Maker, adopt
+from isolat.engine.maker import START_S, Caller, Maker
 from isolat.engine.snapshots import DISK, STATE, Snapshot, Snapshots, load_memory
+from isolat.engine.starting import adopt
 from isolat.engine.states import Verb
 from isolat.engine.supervisor import OPERATION_WAIT_S, Supervisor
 from isolat.engine.table import Table

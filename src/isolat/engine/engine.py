@@ -35,11 +35,12 @@ from isolat.engine.inner import InnerMaker
 from isolat.engine.journal import log, log_defect
 from isolat.engine.keepers import Keepers
 from isolat.engine.kits import Kits
-from isolat.engine.maker import START_S, Caller, Maker, adopt
+from isolat.engine.maker import START_S, Caller, Maker
 from isolat.engine.paths import StateRoot, native_dir
 from isolat.engine.reaching import Reaching
 from isolat.engine.recovery import Recovery
 from isolat.engine.snapshots import Snapshot, Snapshots
+from isolat.engine.starting import adopt
 from isolat.engine.states import Verb
 from isolat.engine.supervisor import OPERATION_WAIT_S, Supervisor
 from isolat.engine.table import Table, row

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from isolat.deadline import Deadline
 from isolat.engine import states
 from isolat.engine.environment import Environment
-from isolat.engine.maker import START_S, adopt
+from isolat.engine.maker import START_S
 from isolat.engine.reaching import Reaching
+from isolat.engine.starting import adopt
 from isolat.engine.states import Verb
 from isolat.engine.supervisor import OPERATION_WAIT_S
 from isolat.errors import IsolatError, UsageError

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -20,14 +19,15 @@ from isolat.engine.creation import Planned, Request, describe, handle_of, plan_i
 from isolat.engine.environment import Environment
 from isolat.engine.handle import Around
 from isolat.engine.hosting import Hosting
-from isolat.engine.maker import START_S, Caller, Maker, adopt
+from isolat.engine.maker import START_S, Caller, Maker
 from isolat.engine.names import new_id
+from isolat.engine.starting import running, start_layers
 from isolat.engine.states import Verb
 from isolat.engine.supervisor import Supervisor
 from isolat.engine.table import Table
 from isolat.errors import Conflict, Refused, Unsupported
 from isolat.layers import registry
-from isolat.layers.base import CanEnter, Layer, State
+from isolat.layers.base import Layer
 from isolat.places.base import Facts, Io
 from isolat.spec.model import DEFAULT_CPUS, DEFAULT_DISK_BYTES, DEFAULT_MEMORY_BYTES, Spec
 from isolat.spec.parse import parse
@@ -155,28 +155,16 @@ class InnerMaker:
         self, env: Environment, planned: list[Planned], io: Io, attach: bool, d: Deadline
     ) -> socket.socket | None:
         checkpoint()
-        place, ours = entering.outermost(env, self._facts), None
-        for depth, item in enumerate(planned):
-            place.carry_out(item.plan.steps, d)
-            mark("steps-carried-out")
-            last = depth == len(planned) - 1
-            if last and attach:
-                ours = adopt(place, item.frame.main_key, io.stdin, d)
-            try:
-                item.layer.start(item.frame, place, io, d)
-            except BaseException:
-                if ours is not None:
-                    ours.close()
-                raise
-            checkpoint()
-            if not last:
-                assert isinstance(item.layer, CanEnter)
-                place = item.layer.inside(item.frame, place)
-        mark("application-started")
-        env.save(state=State.RUNNING, started_ns=time.time_ns())
-        checkpoint()
-        self._table.publish("start", env)
-        self._supervisor.rearm(env)
+        ours = start_layers(
+            planned,
+            entering.outermost(env, self._facts),
+            lambda _, item, place: place.carry_out(item.plan.steps, d),
+            lambda item, place: item.layer.start(item.frame, place, io, d),
+            io,
+            attach,
+            d,
+        )
+        running(env, self._table, self._supervisor)
         return ours
 
 

@@ -32,6 +32,7 @@ from isolat.engine.keepers import Keepers
 from isolat.engine.kits import FETCH_S, Kits
 from isolat.engine.names import new_id
 from isolat.engine.paths import StateRoot, native_dir
+from isolat.engine.starting import running, start_layers
 from isolat.engine.supervisor import Supervisor
 from isolat.engine.table import Table
 from isolat.engine.templates import Template, Templates
@@ -45,7 +46,6 @@ from isolat.images.store import ImageStore
 from isolat.layers import registry
 from isolat.layers.base import (
     GUEST,
-    CanEnter,
     CanWarm,
     Descriptor,
     ImageRef,
@@ -460,38 +460,24 @@ class Maker:
             self._take_over(env, ready, place, d)
         mark("keeper-started")
         checkpoint()
-        ours = None
-        for depth, item in enumerate(planned):
-            plan = item.plan
-            given = descriptors if depth == 0 else ()
+
+        def prepare(depth: int, item: Planned, place: Place) -> None:
+            plan, given = item.plan, descriptors if depth == 0 else ()
             if ready is None:
                 place.carry_out(plan.steps, d, given)
                 left = self._holding.provide(plan.descriptors, plan.template, place, d, given=given)
             else:
                 left = self._holding.provide(_from_caller(plan.descriptors), None, place, d, given=given)
             env.remark = env.remark or left_out(left)
-            mark("steps-carried-out")
-            last = depth == len(planned) - 1
-            if last and attach:
-                ours = adopt(place, item.frame.main_key, io.stdin, d)
-            try:
-                if ready is not None and isinstance(item.layer, CanWarm):
-                    item.layer.take(item.frame, ready.handle.frames[0], place, io, d)
-                else:
-                    item.layer.start(item.frame, place, io, d)
-            except BaseException:
-                if ours is not None:
-                    ours.close()
-                raise
-            checkpoint()
-            if not last:
-                assert isinstance(item.layer, CanEnter)
-                place = item.layer.inside(item.frame, place)
-        mark("application-started")
-        env.save(state=State.RUNNING, started_ns=time.time_ns())
-        checkpoint()
-        self._table.publish("start", env)
-        self._supervisor.rearm(env)
+
+        def start(item: Planned, place: Place) -> None:
+            if ready is not None and isinstance(item.layer, CanWarm):
+                item.layer.take(item.frame, ready.handle.frames[0], place, io, d)
+            else:
+                item.layer.start(item.frame, place, io, d)
+
+        ours = start_layers(planned, place, prepare, start, io, attach, d)
+        running(env, self._table, self._supervisor)
         return ours
 
     def undo(self, env: Environment) -> None:
@@ -514,14 +500,3 @@ class Maker:
 def _from_caller(descriptors: Sequence[Descriptor]) -> list[Descriptor]:
     """What a machine that was made in advance does not have yet."""
     return [one for one in descriptors if one.source in (Source.VOLUMES, Source.GIVEN)]
-
-
-def adopt(place: Place, key: str, stdin: bool, d: Deadline) -> socket.socket:
-    """Attach to a process, started or not yet. Returns the client's end."""
-    ours, theirs = socket.socketpair()
-    try:
-        place.adopt(key, theirs.detach(), stdin, d)
-    except BaseException:
-        ours.close()
-        raise
-    return ours
