@@ -10,16 +10,17 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 from isolat.volumes.archive import DIRECTORY, FIFO, FILE, LINK, SYMLINK, Damaged, Entry, Reader, copy_data, data_bytes
 from isolat.volumes.base import LEFT_OUT, Known, known
+from isolat.volumes.below import parent
 
 _PART_MAX = 255
 _MODES = 0o1777
 _NAME_BYTES = 1024  # about what a file system keeps of each file beside its data
-_PLACE = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _TYPES = {FILE: stat.S_IFREG, LINK: stat.S_IFREG, DIRECTORY: stat.S_IFDIR, SYMLINK: stat.S_IFLNK, FIFO: stat.S_IFIFO}
 
@@ -233,21 +234,12 @@ class Outgoing:
         times = (entry.mtime_ns, entry.mtime_ns)
         os.utime(self.beside, ns=times, dir_fd=dir_fd, follow_symlinks=False)
 
-    @contextlib.contextmanager
-    def _parent(self, path: bytes) -> Iterator[tuple[int, bytes]]:
+    def _parent(self, path: bytes) -> AbstractContextManager[tuple[int, bytes]]:
         """The open directory that the path's last part is in, and that part."""
-        volume, *between, name = path.split(b"/") if b"/" in path else (b"", path)
-        if volume not in self.volumes or not all(_part(part) for part in (*between, name)):
+        volume, *below = path.split(b"/")
+        if volume not in self.volumes or not below or not all(map(_part, below)):
             raise InTheWay("this is no name in a volume")
-        fd = os.open(".", _PLACE, dir_fd=self.volumes[volume])
-        try:
-            for part in between:
-                inner = os.open(part, _PLACE, dir_fd=fd)
-                os.close(fd)
-                fd = inner
-            yield fd, name
-        finally:
-            os.close(fd)
+        return parent(self.volumes[volume], below)
 
 
 def _part(name: bytes) -> bool:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 from isolat.volumes.archive import DIRECTORY, FILE, LINK, SYMLINK, Entry, copy_data
+from isolat.volumes.below import parent
 
-_PLACE = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM})
@@ -67,18 +67,9 @@ class Planter:
         else:
             _node(entry, dir_fd, name)
 
-    @contextlib.contextmanager
-    def _parent(self, path: bytes) -> Iterator[tuple[int, bytes]]:
-        _, *between, name = path.split(b"/")
-        fd = os.open(".", _PLACE, dir_fd=self.target)
-        try:
-            for part in between:
-                inner = os.open(part, _PLACE, dir_fd=fd)
-                os.close(fd)
-                fd = inner
-            yield fd, name
-        finally:
-            os.close(fd)
+    def _parent(self, path: bytes) -> AbstractContextManager[tuple[int, bytes]]:
+        _, *below = path.split(b"/")
+        return parent(self.target, below)
 
 
 def _dress(fd: int, entry: Entry) -> None:
