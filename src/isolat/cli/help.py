@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from isolat.cli import options as o
-from isolat.cli.verbs import GROUPS, VERBS
+from isolat.cli.verbs import GROUPS, SECOND, VERBS
 
 
 def show(parsed: o.Parsed) -> int:
@@ -19,7 +19,10 @@ def text(name: str = "") -> str:
         return _of_verb(VERBS[name]) + _below(name)
     if name and name not in GROUPS:
         raise o.usage_error(f"no help for {name}: there is no such verb", "`isolat --help` lists them")
-    verbs = [verb for verb in VERBS.values() if not name or verb.name.startswith(f"{name} ")]
+    if name:
+        verbs = [verb for verb in VERBS.values() if verb.name.startswith(f"{name} ")]
+    else:
+        verbs = [verb for verb in VERBS.values() if verb.name not in SECOND]
     lines = [f"usage: isolat {name} VERB [OPTIONS] …" if name else "usage: isolat [--root DIR] VERB [OPTIONS] …", ""]
     if not name:
         lines += ["Isolated execution environments at every kind of virtualization.", ""]

@@ -92,8 +92,6 @@ VERBS: dict[str, Verb] = {
         Verb("image ls", "", "list images", "images:images", _IMAGES_OPTIONS),
         Verb("image rm", "IMAGE…", "remove images", "images:rmi", (), (1, None)),
         Verb("image inspect", "IMAGE…", "everything known of them, as JSON", "image_info:inspect", (JSON,), (1, None)),
-        Verb("image history", "IMAGE", "how it was made, the newest step first", "image_info:history",
-             (NO_TRUNC, JSON), (1, 1)),
         Verb("history", "IMAGE", "how an image was made, the newest step first", "image_info:history",
              (NO_TRUNC, JSON), (1, 1)),
         Verb("image tree", "", "which layers images share", "image_info:tree", (JSON,)),
@@ -201,4 +199,17 @@ VERBS: dict[str, Verb] = {
         Verb("version", "", "show the versions of command and daemon", "system:version", (JSON,)),
     )
 }  # fmt: skip
+
+
+def _below(group: str, verb: Verb) -> Verb:
+    words = (verb.least, verb.most)
+    return Verb(f"{group} {verb.name}", verb.usage, verb.summary, verb.target, verb.options, words, verb.stop)
+
+
+# Docker has these verbs twice, and so do we.
+_TWICE = [
+    _below("image", VERBS[name]) for name in ("build", "history", "import", "load", "pull", "push", "save", "tag")
+]
+SECOND = {verb.name for verb in _TWICE}
+VERBS |= {verb.name: verb for verb in _TWICE}
 GROUPS = {name.split()[0] for name in VERBS if " " in name}
