@@ -1,7 +1,7 @@
 # A few commands. Each sets up what it needs, on a fresh Debian machine too, and is quick the second time.
 #
 #   make demo    real environments, with a word on each
-#   make test    every test but the soak tests (ARGS='-k name' chooses)
+#   make test    every test but the soak tests (ARGS='-k name' chooses, ARGS='-n 0' runs one after the other)
 #   make lint    style, types, C warnings and the C compiler's static analysis
 #   make soak    the large sizes and long runs
 #   make bench   the measurements, also against what else there is (installs docker.io)
@@ -11,6 +11,8 @@
 SHELL := /bin/bash
 PY := .venv/bin/python
 SETUP := MAKE_TARGET=$(firstword $(MAKECMDGOALS) test) scripts/setup.sh
+# Files of tests side by side: what they do is mostly waiting. Each worker has a state root of its own.
+BESIDE := -n auto --maxprocesses 4 --dist loadfile
 C_SOURCES := $(wildcard native/*.c)
 
 .PHONY: demo test lint soak bench setup tools root clean
@@ -34,7 +36,7 @@ demo: setup
 	@scripts/demo.sh
 
 test: setup
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest $(BESIDE) $(ARGS)
 
 soak: setup
 	$(PY) -m pytest -m soak $(ARGS)

@@ -7,11 +7,18 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Generator
 
 import pytest
 
 MUST_WORK = os.environ.get("ISOLAT_MUST_WORK", "") not in ("", "0")
+
+
+# A shell starts what is in its background with interrupts ignored (POSIX, "Asynchronous Lists"), and what a test then
+# starts would ignore them, too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

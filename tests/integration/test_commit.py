@@ -252,14 +252,14 @@ def test_a_killed_keeper_leaves_nobody_frozen_either(root: Root) -> None:
     while "ready" not in root.ok("logs", id):
         time.sleep(0.05)
     keeper = int(root.ask("inspect", {"env": id})["keeper_pid"])
-    with root.popen("commit", id, "none", stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with root.popen("commit", id, "unmade", stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         while not _frozen(id):
             pass
         os.kill(keeper, signal.SIGKILL)
         assert process.wait(30) == 125
     root.until_state(id, "lost")
     root.ok("rm", id)
-    assert "none" not in root.ok("images")
+    assert "unmade" not in root.ok("images")
 
 
 def test_who_does_not_wait_for_it_gets_none(root: Root) -> None:
@@ -267,7 +267,7 @@ def test_who_does_not_wait_for_it_gets_none(root: Root) -> None:
     id = root.ok("run", "-d", "debian", "sh", "-c", script)
     while "ready" not in root.ok("logs", id):
         time.sleep(0.05)
-    with root.popen("commit", id, "none", stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with root.popen("commit", id, "unmade", stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         while not _frozen(id):
             pass
         process.kill()
@@ -276,4 +276,4 @@ def test_who_does_not_wait_for_it_gets_none(root: Root) -> None:
         assert time.monotonic() < end
         time.sleep(0.05)
     assert root.ok("exec", id, "echo", "goes on") == "goes on"
-    assert "none" not in root.ok("images")
+    assert "unmade" not in root.ok("images")
