@@ -8,7 +8,8 @@ The library raises; only the command line turns an error into text and an exit c
     IsolatError
     ├── UsageError            usage            the command line or a request is malformed
     │   └── SpecError         spec             one or more fields of a spec are wrong, each with its path
-    ├── NotFound              not-found        no such environment, image, layer
+    ├── NotFound              not-found        no such environment, layer, volume, file
+    │   └── ImageNotFound     image-not-found  no such image here; pulling it may help
     ├── Conflict              conflict         the name is taken, the thing is in use
     │   └── Busy              busy             another operation holds this environment
     ├── IllegalState          state            the verb is not legal in the environment's state
@@ -88,6 +89,10 @@ class SpecError(UsageError):
 
 class NotFound(IsolatError):
     code = "not-found"
+
+
+class ImageNotFound(NotFound):
+    code = "image-not-found"
 
 
 class Conflict(IsolatError):

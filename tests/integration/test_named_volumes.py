@@ -128,7 +128,7 @@ def test_from_python(root: Root) -> None:
 
 def test_it_is_made_at_its_first_use_and_stays(root: Root) -> None:
     assert root.cli("run", "--plan", "-v", "new:/data", "debian", "true").returncode == 0
-    assert root.cli("run", "-v", "new:/data", "nosuchimage", "true").returncode == 125
+    assert root.cli("run", "--pull", "never", "-v", "new:/data", "nosuchimage", "true").returncode == 125
     assert root.cli("run", "--layer", "fake", "-v", "new:/data", "debian", "true").returncode == 125
     assert _names(root) == []
     assert root.cli("run", "-v", "new:/data", "debian", "/no/such/command").returncode == 127

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from isolat.client.sdk import Client
+from isolat.errors import ImageNotFound
 from isolat.images.flatten.pack import pack
 from isolat.images.oci import digest_of
 from isolat.images.store import ImageStore
@@ -81,6 +83,37 @@ def test_there_and_back(fresh_root: Root, address: str, tmp_path: Path) -> None:
     assert root.ok("run", "--rm", name, "python3", "-c", "print(6*7)") == "42"
     assert root.ok("run", "--rm", f"{address}/team/debian@{before['manifest']}", "echo", "by digest") == "by digest"
     assert root.ok("system", "check", "--deep") == "all is well"
+
+
+def test_run_pulls_what_is_missing(fresh_root: Root, address: str) -> None:
+    root, name, client = fresh_root, f"{address}/missing", Client(fresh_root.path)
+    root.ok("push", "debian", name)
+    id = _image(root, "debian:latest")["digest"]
+    root.ok("rmi", id)
+    refused = root.cli("run", "--rm", "--pull", "never", name, "true")
+    assert (refused.returncode, b"there is no image" in refused.stderr) == (125, True)
+    with pytest.raises(ImageNotFound):
+        client.run(name, ["true"], pull="never")
+    told = root.cli("run", "--rm", name, "echo", "here")
+    assert (told.returncode, told.stdout) == (0, b"here\n")
+    assert b"pulling" in told.stderr
+    again = root.cli("run", "--rm", name, "echo", "again")
+    assert (again.stdout, again.stderr) == (b"again\n", b"")
+    always = root.cli("run", "--rm", "--pull", "always", name, "echo", "asked")
+    assert (always.stdout, b"asking" in always.stderr) == (b"asked\n", True)
+    root.ok("rmi", id)
+    assert client.run(name, ["echo", "here"]).check().text == "here\n"
+
+
+def test_what_is_neither_here_nor_there_is_said_with_both_reasons(root: Root, address: str) -> None:
+    name = f"{address}/nowhere"
+    refused = root.cli("run", "--rm", name, "true")
+    assert refused.returncode == 125
+    for said in (b"there is no image", b"could not be pulled"):
+        assert said in refused.stderr
+    with pytest.raises(ImageNotFound, match="could not be pulled"):
+        Client(root.path).run(name, ["true"])
+    assert root.cli("run", "--rm", "oci:nowhere", "true").returncode == 125
 
 
 def test_others_read_what_was_pushed(root: Root, address: str, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def test_a_pipe_in_and_out(root: Root) -> None:
     [
         (["debian", "true"], 0),
         (["debian", "sh", "-c", "exit 3"], 3),
-        (["no-such-image", "true"], 125),
+        (["--pull", "never", "no-such-image", "true"], 125),
         (["--no-such-option", "debian", "true"], 125),
         (["--memory", "nonsense", "debian", "true"], 125),
         (["debian", "/etc/passwd"], 126),

@@ -122,6 +122,7 @@ _RUN_OPTIONS = (
     Option("--init", FLAG, "a small init is its first process (default)"),
     Option("--no-init", FLAG, "the command itself is its first process"),
     Option("--label", LIST, "whatever helps you to find it", "NAME[=VALUE]"),
+    Option("--pull", VALUE, "the image from its registry: missing (default), always or never", "WHEN"),
     Option("--log-driver", VALUE, "file (default) or none", "DRIVER"),
     Option("--oci-runtime", VALUE, "the OCI runtime of the container layer: crun, runc or a path", "PROGRAM"),
     Option("--accel", VALUE, "how a machine's processors run: auto (default), tcg or kvm", "KIND"),

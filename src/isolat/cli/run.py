@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 EXIT_OURS = 125
 EXIT_SIGPIPE = 141
 _FINAL_S = 10.0
+_PULL = ("missing", "always", "never")
 _CARRIED_S = 600.0  # with volumes: a machine's are carried back by the daemon
 
 # option → key of the spec, where the value is passed on as it was given
@@ -56,15 +57,35 @@ def run(parsed: o.Parsed) -> int:
         return _plan(root, parsed)
     if parsed.flag("json"):
         raise o.usage_error("run: --json is only for --plan")
+    when = parsed.text("pull", "missing")
+    if when not in _PULL:
+        raise o.usage_error(f"--pull: {when!r} is none of {', '.join(_PULL)}")
     service, fds = build(parsed)
     try:
-        return _detached(root, service, fds) if parsed.flag("detach") else _attached(root, service, fds, parsed)
+        return _pulling(root, service, fds, parsed, when)
     finally:
         for fd in fds:
             posix.close(fd)
 
 
-def _detached(root: str, service: dict[str, Any], fds: list[int]) -> int:
+def _pulling(root: str, service: dict[str, Any], fds: list[int], parsed: o.Parsed, when: str) -> int:
+    """As Docker does: what is not here is pulled, and then it is tried once more."""
+    start = _detached if parsed.flag("detach") else _attached
+    missing: Any = None
+    if when != "always":
+        try:
+            return start(root, service, fds, parsed)
+        except Exception as error:  # of the class IsolatError, whose import would cost those who don't need it
+            if when == "never" or getattr(error, "code", "") != "image-not-found":
+                raise
+            missing = error
+    from isolat.cli import transfer
+
+    transfer.pull_to_run(root, parsed.words[0], missing)
+    return start(root, service, fds, parsed)
+
+
+def _detached(root: str, service: dict[str, Any], fds: list[int], _: o.Parsed) -> int:
     with connect.call(root, "run", {"spec": service, "attach": False}, fds) as request:
         print_line(request.result()["id"])
     return 0

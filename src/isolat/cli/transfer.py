@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from isolat.cli import options as o
 from isolat.cli import progress, tables
 from isolat.client import auths, connect, registries
-from isolat.errors import Unsupported
+from isolat.errors import IsolatError, Unsupported
 
 
 def pull(parsed: o.Parsed) -> int:
@@ -19,6 +20,15 @@ def pull(parsed: o.Parsed) -> int:
     else:
         tables.print_lines([str(found["digest"])])
     return 0
+
+
+def pull_to_run(root: str, image: str, missing: IsolatError | None) -> None:
+    """With its progress on standard error. ``missing``: why it is pulled; None: it may be here already."""
+
+    def ask(verb: str, args: Mapping[str, Any], fds: Sequence[int]) -> connect.Call:
+        return connect.call(root, verb, args, fds)
+
+    registries.pull_to_run(ask, lambda request: progress.watch(request, quiet=False), image, missing)
 
 
 def push(parsed: o.Parsed) -> int:

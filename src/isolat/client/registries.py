@@ -8,7 +8,7 @@ from typing import Any
 from isolat.client import auths, transports
 from isolat.client.connect import Call
 from isolat.client.transports import Location
-from isolat.errors import UsageError
+from isolat.errors import IsolatError, UsageError
 from isolat.images.reference import parse_reference
 
 Ask = Callable[[str, Mapping[str, Any], Sequence[int]], Call]  # verb, arguments, descriptors
@@ -28,6 +28,20 @@ def pull(ask: Ask, watch: Watch, image: str, platform: str = "", tls_verify: boo
     with transports.source(location) as descriptor, ask("load", args, [descriptor]) as request:
         loaded: dict[str, Any] = watch(request)["images"][0]
         return loaded
+
+
+def pull_to_run(ask: Ask, watch: Watch, image: str, missing: IsolatError | None) -> None:
+    """Of a registry only. ``missing``: the error that would be raised without this, which then says both."""
+    if not transports.parse(image).remote:
+        raise missing or UsageError(f"{image} is in no registry", hint=f"isolat pull {image}, and run its name")
+    try:
+        pull(ask, watch, image)
+    except IsolatError as error:
+        if missing is None:
+            raise
+        said = f"{missing.message} here, and it could not be pulled: {error.message}"
+        hint = error.hint or missing.hint
+        raise type(missing)(said, hint=hint, stage=error.stage, details=error.details) from error
 
 
 def push(ask: Ask, watch: Watch, image: str, target: str = "", tls_verify: bool | None = None) -> dict[str, Any]:

@@ -20,9 +20,10 @@ from isolat.client.build import BuildOptions
 from isolat.client.files import HasFiles
 from isolat.client.service import Options, service
 from isolat.client.times import NS
-from isolat.errors import DeadlineExceeded, IsolatError, Lost, ProtocolError, StartFailed
+from isolat.errors import DeadlineExceeded, ImageNotFound, IsolatError, Lost, ProtocolError, StartFailed
 
 OnOutput = Callable[[str, bytes], None]
+Pull = Literal["missing", "always", "never"]
 _STREAMS = {1: "stdout", 2: "stderr"}
 
 
@@ -171,7 +172,13 @@ class Client:
 
     @overload
     def run(
-        self, image: str, command: Sequence[str] | str = (), *, detach: Literal[True], **options: Unpack[Options]
+        self,
+        image: str,
+        command: Sequence[str] | str = (),
+        *,
+        detach: Literal[True],
+        pull: Pull = "missing",
+        **options: Unpack[Options],
     ) -> Environment: ...
 
     @overload
@@ -181,6 +188,7 @@ class Client:
         command: Sequence[str] | str = (),
         *,
         detach: Literal[False] = False,
+        pull: Pull = "missing",
         input: bytes | None = None,
         on_output: OnOutput | None = None,
         **options: Unpack[Options],
@@ -192,16 +200,38 @@ class Client:
         command: Sequence[str] | str = (),
         *,
         detach: bool = False,
+        pull: Pull = "missing",
         input: bytes | None = None,
         on_output: OnOutput | None = None,
         **options: Unpack[Options],
     ) -> Environment | Result:
         """Run a command in a new environment: to its end, or with ``detach`` leave it running.
 
-        To its end it is removed afterwards unless ``remove=False``; after ``timeout_s`` it is killed.
+        To its end it is removed afterwards unless ``remove=False``; after ``timeout_s`` it is killed. ``pull``: whether
+        the image comes from its registry. Raises ImageNotFound where it is not here, and not there.
         """
         if not detach:
             options.setdefault("remove", True)
+        missing = None
+        if pull != "always":
+            try:
+                return self._run(image, command, detach, input, on_output, options)
+            except ImageNotFound as error:
+                if pull == "never":
+                    raise
+                missing = error
+        registries.pull_to_run(self._call, _watching(None), image, missing)
+        return self._run(image, command, detach, input, on_output, options)
+
+    def _run(
+        self,
+        image: str,
+        command: Sequence[str] | str,
+        detach: bool,
+        input: bytes | None,
+        on_output: OnOutput | None,
+        options: Options,
+    ) -> Environment | Result:
         data, fds = service(image, command, stdin=input is not None, **options)
         try:
             request = self._call("run", {"spec": data, "attach": not detach}, fds)

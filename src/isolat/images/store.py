@@ -36,7 +36,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from isolat.deadline import NEVER, Deadline
-from isolat.errors import Conflict, NotFound, StoreError, Unsupported, UsageError
+from isolat.errors import Conflict, ImageNotFound, NotFound, StoreError, Unsupported, UsageError
 from isolat.images import intake
 from isolat.images.blobs import Blobs, verify_file
 from isolat.images.image import Image, ImageConfig, digest_prefix, image_from_json
@@ -45,7 +45,10 @@ from isolat.images.progress import Progress, no_progress
 from isolat.images.reference import parse_name, parse_reference
 from isolat.linux import mounts
 
-_BOOTSTRAP_HINT = "make one with `isolat image bootstrap debian` (needs the network), or `isolat image bootstrap host`"
+_BOOTSTRAP_HINT = (
+    "`isolat pull` fetches one; `isolat image bootstrap debian` makes one (both need the network), "
+    "as does `isolat image bootstrap host`"
+)
 
 
 class ImageStore:
@@ -96,7 +99,7 @@ class ImageStore:
         if len(found) > 1:
             raise Conflict(f"{name} is the beginning of {len(found)} images' digests", hint="give more digits")
         if not found:
-            raise NotFound(f"there is no image {name!r}", hint=_BOOTSTRAP_HINT)
+            raise ImageNotFound(f"there is no image {name!r}", hint=_BOOTSTRAP_HINT)
         return self._read(found[0].stem, self._names_by_digest())
 
     def names(self) -> tuple[tuple[str, str], ...]:
@@ -125,7 +128,7 @@ class ImageStore:
         for image in self.list():
             if name in image.repo_digests or image.manifest == digest:
                 return image
-        raise NotFound(f"there is no image {name!r}", hint=f"isolat pull {name}")
+        raise ImageNotFound(f"there is no image {name!r}", hint=f"isolat pull {name}")
 
     def tag(self, digest: str, names: Collection[str]) -> None:
         """Let the names mean this image from now on."""
