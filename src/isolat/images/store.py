@@ -46,8 +46,8 @@ from isolat.images.reference import parse_name, parse_reference
 from isolat.linux import mounts
 
 _BOOTSTRAP_HINT = (
-    "`isolat pull` fetches one; `isolat image bootstrap debian` makes one (both need the network), "
-    "as does `isolat image bootstrap host`"
+    "`isolat pull` fetches one and `isolat image bootstrap debian` makes one, both over the network; "
+    "`isolat image bootstrap host` needs none"
 )
 
 
