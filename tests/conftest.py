@@ -15,10 +15,11 @@ import pytest
 MUST_WORK = os.environ.get("ISOLAT_MUST_WORK", "") not in ("", "0")
 
 
-# A shell starts what is in its background with interrupts ignored (POSIX, "Asynchronous Lists"), and what a test then
-# starts would ignore them, too.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell starts what is in its background with interrupts ignored (POSIX, "Asynchronous Lists"), nohup(1) does so with
+# hangups; and what a test then starts would ignore them, too.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

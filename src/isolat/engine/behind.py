@@ -6,7 +6,6 @@ longest makes room, each goes when nobody has for ten minutes, and none is made 
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from functools import partial
 
 from isolat.checkpoint import counting
 from isolat.engine import admission
+from isolat.engine.aside import Aside, Work
 from isolat.engine.journal import log
 from isolat.engine.warm import MEMORY_FREE_BYTES
 from isolat.errors import IsolatError
@@ -41,9 +41,7 @@ class Behind:
         self._remove = remove
         self._most = most
         self._kinds: dict[str, _Kind] = {}
-        self._condition = threading.Condition()
-        self._closed = False
-        self._thread: threading.Thread | None = None
+        self._aside = Aside("behind", self._next, self._wait_s)
 
     def want(self, key: str, make: Make) -> None:
         """Make it soon, unless it is being made."""
@@ -55,43 +53,23 @@ class Behind:
 
     def close(self) -> None:
         """Make no more. What is there stays."""
-        with self._condition:
-            self._closed = True
-            self._condition.notify_all()
-            thread = self._thread
-        if thread is not None:
-            thread.join(60)
+        self._aside.close()
 
     def _ask(self, key: str, make: Make | None) -> None:
         if not self._most or counting():
             return
         now = time.monotonic()
-        with self._condition:
+        with self._aside.condition:
             kind = self._kinds.setdefault(key, _Kind(make, now, now + _PAUSE_S))
             kind.make, kind.asked_s = make, now
-            if self._thread is None and not self._closed:
-                self._thread = threading.Thread(target=self._run, name="behind", daemon=True)
-                self._thread.start()
-            self._condition.notify_all()
-
-    def _run(self) -> None:
-        while True:
-            with self._condition:
-                work = self._next()
-                while work is None and not self._closed:
-                    self._condition.wait(self._wait_s())
-                    work = self._next()
-                if self._closed:
-                    return
-            if work is not None:
-                work()
+            self._aside.wake()
 
     def _wait_s(self) -> float:
         now = time.monotonic()
         soon = [kind.not_before_s - now for kind in self._kinds.values() if kind.make is not None]
         return max(0.005, min([*soon, 30.0]))
 
-    def _next(self) -> Callable[[], None] | None:
+    def _next(self) -> Work | None:
         """What is to be done next, if anything; with the lock held."""
         now = time.monotonic()
         oldest = min(self._kinds, key=lambda key: self._kinds[key].asked_s, default="")
@@ -114,8 +92,8 @@ class Behind:
             log(f"a template of an image could not be made: {error}")
             kind.not_before_s = time.monotonic() + _FAILED_S
             return
-        with self._condition:
+        with self._aside.condition:
             kind.make = None
-            kept = self._kinds.get(key) is kind and not self._closed
+            kept = self._kinds.get(key) is kind and not self._aside.closed
         if not kept:
             self._remove(key)

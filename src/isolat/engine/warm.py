@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from isolat.engine import admission
+from isolat.engine.aside import Aside, Work
 from isolat.engine.environment import Environment
 from isolat.engine.journal import log
 from isolat.errors import IsolatError
@@ -52,45 +52,35 @@ class WarmPool:
         self._undo = undo
         self._most = most
         self._kinds: dict[str, _Kind] = {}
-        self._condition = threading.Condition()
-        self._closed = False
-        self._thread: threading.Thread | None = None
+        self._aside = Aside("warm", self._next, self._wait_s)
 
     def take(self, key: str, make: Make) -> Environment | None:
         """One that is ready, or None. Either way more of this kind are made, with ``make``."""
         if not self._most or not key:
             return None
-        with self._condition:
-            if self._closed:
+        with self._aside.condition:
+            if self._aside.closed:
                 return None
             kind = self._kinds.setdefault(key, _Kind(make))
             kind.make, kind.asked_s = make, time.monotonic()
             kind.not_before_s = max(kind.not_before_s, time.monotonic() + _PAUSE_S)
             taken = kind.ready.pop(0) if kind.ready else None
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._fill, name="warm", daemon=True)
-                self._thread.start()
-            self._condition.notify_all()
+            self._aside.wake()
         return taken
 
     def count(self) -> int:
         """How many are ready."""
-        with self._condition:
+        with self._aside.condition:
             return sum(len(kind.ready) for kind in self._kinds.values())
 
     def close(self) -> None:
         """Undo all that are ready, and make no more."""
-        with self._condition:
-            self._closed = True
-            self._condition.notify_all()
-            thread = self._thread
-        if thread is not None:
-            thread.join(60)
+        self._aside.close()
         self.drain()
 
     def drain(self) -> None:
         """Undo all that are ready now."""
-        with self._condition:
+        with self._aside.condition:
             ready = [env for kind in self._kinds.values() for env in kind.ready]
             self._kinds.clear()
         for env in ready:
@@ -98,24 +88,12 @@ class WarmPool:
 
     # making them
 
-    def _fill(self) -> None:
-        while True:
-            with self._condition:
-                work = self._next()
-                while work is None and not self._closed:
-                    self._condition.wait(self._wait_s())
-                    work = self._next()
-                if self._closed:
-                    return
-            if work is not None:
-                work()
-
     def _wait_s(self) -> float:
         now = time.monotonic()
         soon = [kind.not_before_s - now for kind in self._kinds.values() if len(kind.ready) < self._most]
         return max(0.005, min([*soon, 30.0]))
 
-    def _next(self) -> Callable[[], None] | None:
+    def _next(self) -> Work | None:
         """What is to be done next, if anything; with the lock held."""
         now = time.monotonic()
         for key, kind in list(self._kinds.items()):
@@ -146,8 +124,8 @@ class WarmPool:
             log(f"a machine could not be made in advance: {error}")
             kind.not_before_s = time.monotonic() + _FAILED_S
             return
-        with self._condition:
-            if not self._closed and self._kinds.get(key) is kind:
+        with self._aside.condition:
+            if not self._aside.closed and self._kinds.get(key) is kind:
                 kind.ready.append(env)
                 return
         self._undo(env)
