@@ -34,6 +34,37 @@ void guest_send(Proc *g, Frame *f)
 
 void guest_kill(Proc *p) { proc_kill(p, SIGKILL, SCOPE_PROCESS); }
 
+static bool is_own_guest(const Proc *p)
+{
+    return p->flags & F_CONTROL && !p->remote && (p->state == ALIVE || p->state == STARTING);
+}
+
+/* A guest does not go on without what is beside it: what waits inside for an answer of that would wait for ever. One
+   that ended with 0 has seen the guest's own end. */
+void guest_lost_beside(const Proc *p)
+{
+    char line[MAX_NAME + 64];
+    bool told = p->code && !node.main_ended;
+    int n = snprintf(line, sizeof line, "\nisolat-keeper: %s ended with %s %d\n", p->name, p->signal ? "signal" : "code",
+                     p->signal ? p->signal : p->code);
+    for (Proc *g = node.procs; g; g = g->next) {
+        if (!is_own_guest(g))
+            continue;
+        if (told && p->tail)
+            stream_words(g, p->tail, p->tail_len);
+        if (told)
+            stream_words(g, line, (size_t)n);
+        guest_kill(g);
+    }
+}
+
+static void end_beside(void)
+{
+    for (Proc *p = node.procs; p; p = p->next)
+        if (p->flags & F_BESIDE)
+            proc_kill(p, SIGKILL, SCOPE_PROCESS);
+}
+
 void guest_leave(Proc *p)
 {
     if (p->grace_ms)
@@ -138,6 +169,7 @@ void guest_ended(Proc *g)
             proc_exited(p, 128 + SIGKILL, SIGKILL);
         }
     }
+    end_beside();
     if (node.keeper)
         kill_strays();
 }

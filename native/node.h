@@ -10,8 +10,9 @@ enum { TAIL_BYTES = 2048, WORDS_BYTES = 4096, GUEST_LOG_BYTES = 64 << 10 };
 /* A DATA frame costs its bytes and SERIAL_FRAME, or many small ones would take more memory than their credit says.
    The reserve: what a pipe holds, in frames. */
 enum { SERIAL_CREDIT = 256 << 10, SERIAL_RESERVE = 72 << 10, SERIAL_BATCH = 64 << 10, SERIAL_FRAME = 16 };
-enum { HELD_MAX = 16 };
+enum { HELD_MAX = 32 };
 enum { GRACE_MS = 2000 };
+enum { F_WORDS = F_CONTROL | F_BESIDE }; /* what such a process writes are its own words, and nobody's streams */
 
 typedef enum {
     PENDING,  /* clients wait for it */
@@ -63,7 +64,7 @@ struct Proc {
     Stream in;
     bool stdin_eof;
     Buf leftover; /* what clients that left had sent */
-    char *tail;   /* a launcher's last words while it starts, a guest's always */
+    char *tail;   /* a launcher's last words while it starts; always of a guest, and of what is beside it */
     size_t tail_len, guest_logged;
     /* streams that travel as frames of a serial channel: to a guest (keeper), or from our controller (agent) */
     uint32_t number;    /* 0: they don't */
@@ -150,6 +151,7 @@ void stream_drain(Proc *p); /* what is there now, then close */
 bool stream_waits(Proc *p);          /* an end whose last output can't be told yet */
 void stream_close(Proc *p);
 void stream_deliver(Proc *p, int stream, const uint8_t *data, size_t n); /* to log and clients */
+void stream_words(Proc *p, const void *data, size_t n); /* to those of a guest */
 void stream_told_eof(Proc *p, int stream);
 bool stream_held_back(const Proc *p);
 void stream_write(Proc *p);          /* what there is of stdin */
@@ -212,6 +214,7 @@ void guest_leave(Proc *p); /* MAIN has ended: it goes, at once or in its grace *
 void guest_open(Proc *p, int fd);
 void guest_kill(Proc *p);
 void guest_ended(Proc *p);
+void guest_lost_beside(const Proc *p); /* what was BESIDE it has ended */
 
 /* forward.c */
 Proc *forward_guest(const char *to, const char **rest); /* NULL: no such guest */
@@ -231,6 +234,7 @@ void file_read(Peer *who, const Frame *f);
 void file_write(Peer *who, const Frame *f);
 bool remove_tree(const char *path); /* absolute, with a parent of its own */
 bool steps_do(Span body, int *fds, int nfds, Failure *f, Buf *tail);
+int userns_with(const char *map); /* a new user namespace, with these lines as both of its maps */
 
 /* logs.c */
 void log_open(int64_t bytes, int files);

@@ -115,7 +115,7 @@ void proc_started(Proc *p)
     answer(p, K_OK, &body, p->master);
     close_fd(&p->master);
     buf_free(&body);
-    if (p->tail && !(p->flags & F_CONTROL)) {
+    if (p->tail && !(p->flags & F_WORDS)) {
         free(p->tail);
         p->tail = NULL;
     }
@@ -271,7 +271,7 @@ static bool prepare(Proc *p, Command *c, int rows, int cols)
     int own = p->flags & F_FDS;
     if ((p->flags & F_CONTROL) && !control_channel(p, c->fds))
         return false;
-    if (!own && (p->flags & F_CONTROL || (p->flags & F_LAUNCHER && !node.holds)))
+    if (!own && (p->flags & F_WORDS || (p->flags & F_LAUNCHER && !node.holds)))
         return words_stream(p, c->fds);
     if (p->flags & F_LAUNCHER)
         p->tail = xalloc(WORDS_BYTES); /* its stderr is its process's: keep the end of it until that has started */
@@ -441,6 +441,8 @@ void proc_exited(Proc *p, int code, int signal)
        where the guest is gone. Elsewhere a background child may hold the stream open: take what is there. */
     if (takes_its_guest(p))
         guest_leave(p->guest);
+    if (p->flags & F_BESIDE)
+        guest_lost_beside(p);
     if (p->number && !p->up) {
         serial_ended(p);
     } else if (p->remote && (p->flags & F_MAIN || !p->guest)) {

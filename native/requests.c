@@ -5,6 +5,8 @@
 #include <fcntl.h>
 #include <sched.h>
 #include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
@@ -12,6 +14,7 @@
 
 enum { DAY_MS = 86400000 };
 enum { SPACES = CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET };
+enum { OWN_IDS = 65536 };
 
 void put_failure(Buf *b, const Failure *f, const char *tail, size_t n)
 {
@@ -115,6 +118,26 @@ static bool held_into(const Frame *f, Command *c, Failure *failure)
     return true;
 }
 
+/* NEWUSER: USER is the first of the ids that are 0 to 65,535 there. Its namespace is made here, because who writes the
+   maps has to be outside of it. */
+static bool own_users(const Frame *f, Command *c, Failure *failure)
+{
+    char map[64], *end;
+    unsigned long first = strtoul(c->user, &end, 10);
+    if (!(field_int(f->body, T_SPACES, 0) & CLONE_NEWUSER))
+        return true;
+    if (!*c->user || *end || !first || first > UINT32_MAX - OWN_IDS || *c->root || !c->spaces) {
+        failure_set(failure, "users", EINVAL, 0, "users of its own need a first number, further namespaces and no root");
+        return false;
+    }
+    snprintf(map, sizeof map, "0 %lu %d\n", first, OWN_IDS);
+    c->users = userns_with(map);
+    c->own_users = c->users >= 0;
+    if (!c->own_users)
+        failure_set(failure, "users", errno, 0, "a user namespace: %s", strerror(errno));
+    return c->own_users;
+}
+
 static bool spawn_local(Proc *p, Frame *f, Failure *failure)
 {
     Command c = {0};
@@ -128,8 +151,14 @@ static bool spawn_local(Proc *p, Frame *f, Failure *failure)
     /* An init is not killed with us but told by its channel's end: it has to kill what it holds first. */
     c.orphan_dies = p->serial || !(p->flags & (F_LAUNCHER | F_CONTROL));
     c.spaces = (int)field_int(f->body, T_SPACES, 0) & SPACES;
-    if (!held_into(f, &c, failure))
+    c.many_descriptors = p->flags & F_BESIDE;
+    if (!own_users(f, &c, failure))
         return false;
+    if (!held_into(f, &c, failure)) {
+        if (c.own_users)
+            close(c.users);
+        return false;
+    }
     if (node.on_spawn && !(p->flags & (F_CONTROL | F_LAUNCHER)))
         node.on_spawn(&c);
     if (p->flags & F_LAUNCHER)
@@ -139,7 +168,10 @@ static bool spawn_local(Proc *p, Frame *f, Failure *failure)
             c.fds[i] = f->fds[i];
             f->fds[i] = -1;
         }
-    return proc_spawn(p, &c, (int)field_int(f->body, T_ROWS, 0), (int)field_int(f->body, T_COLS, 0), failure);
+    bool fine = proc_spawn(p, &c, (int)field_int(f->body, T_ROWS, 0), (int)field_int(f->body, T_COLS, 0), failure);
+    if (c.own_users)
+        close(c.users);
+    return fine;
 }
 
 /* Log and record are kept here. An environment of its own is one as far as to the guest that it is in. */
@@ -197,6 +229,8 @@ static const char *spawn_refusal(const Frame *f, int flags)
     if (flags & ~FLAGS_KNOWN || f->nfds != (flags & F_FDS ? 3 : 0) || (flags & F_FDS && flags & F_TTY) ||
         (flags & F_SERIAL && (!(flags & F_CONTROL) || flags & F_LAUNCHER)))
         return "FLAGS and descriptors do not fit";
+    if (flags & F_BESIDE && (flags & ~F_BESIDE || *field_text(f->body, T_TO) || !node.keeper))
+        return "what is BESIDE a guest is a keeper's, and nothing else";
     if (flags & F_APART && (!(flags & F_MAIN) || !*field_text(f->body, T_TO) ||
                             (node.keeper && *field_text(f->body, T_HOME) != '/')))
         return "what is APART is a MAIN in a guest, with a HOME";
@@ -280,7 +314,7 @@ void kill_all(int signal, bool guests)
         return;
     }
     for (Proc *p = node.procs; p; p = p->next)
-        if (guests || !(p->flags & F_CONTROL))
+        if (guests || !(p->flags & F_WORDS))
             proc_kill(p, signal, SCOPE_GROUP);
 }
 

@@ -15,6 +15,7 @@
 #include <sys/ioctl.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -178,9 +179,27 @@ static bool enter_cwd(const char *cwd, Failure *f)
     return false;
 }
 
+/* Root of that user namespace, and so of nothing outside of it. */
+static bool join_users(int users, Failure *f)
+{
+    if (!setns(users, CLONE_NEWUSER) && !setgroups(0, NULL) && !setgid(0) && !setuid(0))
+        return true;
+    failure_set(f, "users", errno, 0, "joining a user namespace: %s", strerror(errno));
+    return false;
+}
+
+static void allow_descriptors(void)
+{
+    struct rlimit l;
+    if (getrlimit(RLIMIT_NOFILE, &l))
+        return;
+    l.rlim_cur = l.rlim_max;
+    setrlimit(RLIMIT_NOFILE, &l);
+}
+
 static bool become(const Command *c, User *u, Failure *f)
 {
-    const char *missing = user_find(c->user, u);
+    const char *missing = user_find(c->own_users ? "" : c->user, u);
     if (missing) {
         failure_set(f, "user", ENOENT, 0, "user: \"%.100s\": %s", c->user, missing);
         return false;
@@ -223,6 +242,7 @@ static bool is_orphan(const Command *c, pid_t parent, int report)
 static void child(const Command *c, pid_t parent, bool grouped, int report, Failure *f)
 {
     User u;
+    int users = c->own_users ? fcntl(c->users, F_DUPFD_CLOEXEC, OWN_FDS) : -1;
     setsid();
     child_reset();
     if (c->lowest_priority)
@@ -233,7 +253,9 @@ static void child(const Command *c, pid_t parent, bool grouped, int report, Fail
         return failure_set(f, "stdio", errno, 0, "stdio: %s", strerror(errno));
     if (c->tty && ioctl(0, TIOCSCTTY, 0))
         return failure_set(f, "tty", errno, 0, "tty: %s", strerror(errno));
-    if (!enter_place(c, grouped, f) || !become(c, &u, f))
+    if (c->many_descriptors)
+        allow_descriptors();
+    if (!enter_place(c, grouped, f) || (c->own_users && !join_users(users, f)) || !become(c, &u, f))
         return;
     if (c->spaces && prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
         return failure_set(f, "spawn", errno, 0, "no_new_privs: %s", strerror(errno));

@@ -12,6 +12,9 @@ typedef struct {
     bool tty, orphan_dies; /* fds[0] is its controlling terminal; SIGKILL when we die */
     bool lowest_priority;  /* it runs when nobody else wants to */
     int spaces;            /* CLONE_NEW* of the namespaces that it starts in */
+    bool own_users;        /* it is root of the user namespace `users`, and USER is none of it */
+    bool many_descriptors; /* it may have as many as we may allow */
+    int users;
     int fds[CHILD_FDS];    /* stdin, stdout, stderr, the control channel, what is held; -1: /dev/null, or none */
 } Command;
 

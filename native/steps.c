@@ -211,7 +211,7 @@ static bool map_text(Step *s, char *text, size_t size)
 }
 
 /* A user namespace exists as long as somebody is in it: a child that waits to be killed. */
-static int userns_with(const char *map)
+int userns_with(const char *map)
 {
     char path[64];
     pid_t pid = (pid_t)syscall(SYS_clone, CLONE_NEWUSER | SIGCHLD, 0, 0, 0, 0);

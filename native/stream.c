@@ -55,14 +55,19 @@ static void guest_words(Proc *p, const uint8_t *data, size_t n)
     log_guest(data, n);
 }
 
-/* `data` has a free byte before it, for the frame's body. */
-void stream_deliver(Proc *p, int stream, const uint8_t *data, size_t n)
+void stream_words(Proc *p, const void *data, size_t n)
 {
     if (p->tail)
         tail_add(p, data, n);
-    if (p->flags & F_CONTROL || p->tail)
-        guest_words(p, data, n);
-    if (p->flags & F_CONTROL)
+    guest_words(p, data, n);
+}
+
+/* `data` has a free byte before it, for the frame's body. */
+void stream_deliver(Proc *p, int stream, const uint8_t *data, size_t n)
+{
+    if (p->flags & F_WORDS || p->tail)
+        stream_words(p, data, n);
+    if (p->flags & F_WORDS)
         return;
     if (p->up) {
         serial_deliver(p, stream, data, n);
@@ -90,7 +95,7 @@ static void stream_ended(Stream *s)
 {
     Proc *p = s->proc;
     source_close(&s->source);
-    if (!(p->flags & F_CONTROL))
+    if (!(p->flags & F_WORDS))
         stream_told_eof(p, s->stream);
 }
 

@@ -29,7 +29,7 @@ enum {
 };
 
 enum { F_TTY = 1, F_STDIN = 2, F_CONTROL = 4, F_LAUNCHER = 8, F_LOG = 16, F_MAIN = 32, F_FDS = 64, F_SERIAL = 128,
-       F_APART = 256, FLAGS_KNOWN = 511 };
+       F_APART = 256, F_BESIDE = 512, FLAGS_KNOWN = 1023 };
 enum { F_TRUNCATE = 1 };
 enum { SCOPE_PROCESS, SCOPE_GROUP, SCOPE_ALL };
 

@@ -85,6 +85,7 @@ class Io:
     main: bool = False  # its end is the environment's
     rows: int = 0
     cols: int = 0
+    beside: bool = False  # the guest needs it: one ends with the other, and it has no streams
     home: str = ""  # of a main process beside another's: the directory of its log and record, on the keeper's machine
 
 

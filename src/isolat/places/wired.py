@@ -229,6 +229,7 @@ def _io_fields(cmd: Command, io: Io) -> Fields:
         | (k.F_LAUNCHER if cmd.pidfile else 0)
         | (k.F_SERIAL if cmd.serial else 0)
         | (k.F_APART if io.home else 0)
+        | (k.F_BESIDE if io.beside else 0)
     )
     home: Fields = [(k.T_HOME, os.fsencode(io.home))] if io.home else []
     return [(k.T_FLAGS, flags), (k.T_ROWS, io.rows), (k.T_COLS, io.cols), *home]

@@ -13,7 +13,7 @@ from tests.unit.native.wireside import AGENT, Controller, Held, Refused
 from isolat.wire import kinds as k
 
 SH = "/bin/sh"
-HELD_MAX = 16
+HELD_MAX = 32
 
 
 def connect(held: Held) -> Controller:

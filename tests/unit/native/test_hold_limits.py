@@ -12,7 +12,7 @@ from tests.unit.native.wireside import Controller, Held, Refused
 
 from isolat.wire import kinds as k
 
-HELD_MAX = 16
+HELD_MAX = 32
 CHILD_MAX = 12  # of held descriptors: the child's 4 to 15
 
 
