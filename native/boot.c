@@ -22,6 +22,7 @@
 #define BLOCKS "/sys/block"
 #define MODULES "/modules"
 #define TOOLS "run/isolat/tools"
+#define LIVE "isolat.live" /* a word of the kernel's command line: volumes are shared with the host */
 
 enum { PORT_POLL_MS = 2, PORT_SLOW_MS = 100, PORT_TELL_MS = 5000, SERVICE_PORT_MS = 30000 };
 
@@ -66,9 +67,9 @@ static void load_module(const char *name)
     close_fd(&fd);
 }
 
-static void load_modules(void)
+static void load_modules(const char *list)
 {
-    FILE *order = fopen(MODULES "/order", "re");
+    FILE *order = fopen(list, "re");
     char name[96];
     if (!order)
         return;
@@ -78,6 +79,18 @@ static void load_modules(void)
             load_module(name);
     }
     fclose(order);
+}
+
+/* Modules that few machines need cost the others neither time nor memory. */
+static bool kernel_was_told(const char *word)
+{
+    char line[4096], *rest = line;
+    if (read_small("/proc/cmdline", line, sizeof line) <= 0)
+        return false;
+    for (char *w; (w = strsep(&rest, " \n"));)
+        if (!strcmp(w, word))
+            return true;
+    return false;
 }
 
 /* The initramfs's files are in memory until they are removed. */
@@ -170,7 +183,9 @@ static void make_root(void)
     open_console();
     mount_at("proc", "/proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL);
     mount_at("sysfs", "/sys", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL);
-    load_modules();
+    load_modules(MODULES "/order");
+    if (kernel_was_told(LIVE))
+        load_modules(MODULES "/live");
     leave_order_to_host();
     forget_initramfs();
     move_to_real_root();

@@ -26,13 +26,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from isolat.deadline import NEVER, Deadline
-from isolat.errors import StoreError
+from isolat.errors import StoreError, Unsupported
 from isolat.guest import initramfs, modules, tools
 from isolat.guest import kernel as kernels
 from isolat.images.progress import Progress, no_progress
 
 AGENT, INIT = "isolat-agent", "isolat-init"
-BUILDER_VERSION = 1
+BUILDER_VERSION = 2
 _KERNEL, _INITRAMFS, _TOOLS, _MANIFEST = "kernel", "initramfs.cpio", "tools.erofs", "manifest.json"
 _STAGE = "making the guest's files"
 _LOCK_POLL_S = 0.1
@@ -48,6 +48,7 @@ class GuestFiles:
     tools: Path
     key: str  # sha256 over the contents of the three, in hex
     has_crun: bool  # whether containers can be made inside
+    live: bool = False  # whether its kernel can share directories with the host (virtiofs)
 
 
 def found(directory: Path, native: Path) -> GuestFiles | None:
@@ -114,6 +115,7 @@ def _load(directory: Path, inputs: Inputs) -> GuestFiles | None:
             tools=directory / _TOOLS,
             key=str(manifest["key"]),
             has_crun="crun" in inputs,
+            live=bool(manifest["live"]),
         )
         sizes = {name: path.stat().st_size for name, path in _parts(files).items()}
         return files if sizes == manifest["sizes"] else None
@@ -134,9 +136,28 @@ def _kernel(
     found = kernels.fetched(at)
     if found is None:
         found = kernels.fetch(at, progress=progress, d=d)
+    elif found.modules is not None and not modules.is_pruned_for_this(found.modules):
+        anew = _fetched_again(at, progress, d)
+        if anew is None:
+            return found
+        found = anew
     assert found.modules is not None
-    modules.prune(found.modules, modules.closure(found))
+    modules.prune(found.modules, [*modules.closure(found), *(modules.live(found) or ())])
     return found
+
+
+def _fetched_again(at: Path, progress: Progress, d: Deadline) -> kernels.Kernel | None:
+    """With the modules that an older Isolat has left out. None without the network: the old one goes on to serve."""
+    anew = at.with_name(f"{_KERNEL}.anew")
+    shutil.rmtree(anew, ignore_errors=True)
+    try:
+        kernels.fetch(anew, progress=progress, d=d)
+    except (StoreError, Unsupported) as error:
+        progress(f"the kernel stays as it is: {error.message}", 0, 0)
+        return None
+    shutil.rmtree(at)
+    anew.rename(at)
+    return kernels.fetched(at)
 
 
 def _make(
@@ -147,7 +168,13 @@ def _make(
     initramfs.build(kernel, native / AGENT, directory / _INITRAMFS)
     tools.build(directory / _TOOLS, native / INIT, tools.find_crun(), d)
     files = GuestFiles(
-        kernel.release, kernel.vmlinux, directory / _INITRAMFS, directory / _TOOLS, "", has_crun="crun" in inputs
+        release=kernel.release,
+        vmlinux=kernel.vmlinux,
+        initramfs=directory / _INITRAMFS,
+        tools=directory / _TOOLS,
+        key="",
+        has_crun="crun" in inputs,
+        live=modules.live(kernel) is not None,
     )
     key = _key(_parts(files))
     _write_manifest(directory, files, key, inputs)
@@ -167,6 +194,7 @@ def _write_manifest(directory: Path, files: GuestFiles, key: str, inputs: Inputs
     manifest = {
         "version": BUILDER_VERSION,
         "release": files.release,
+        "live": files.live,
         "vmlinux": str(files.vmlinux.relative_to(directory)),
         "inputs": inputs,
         "sizes": {name: path.stat().st_size for name, path in _parts(files).items()},

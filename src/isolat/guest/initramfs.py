@@ -1,5 +1,8 @@
 """The guest's initramfs: the agent as /init, the modules that it loads, and their order.
 
+``modules/order`` names what every machine loads, ``modules/live`` what those do beside whose kernel is told
+``isolat.live``.
+
 A cpio archive in the form that the kernel reads (Documentation/driver-api/early-userspace/buffer-format.rst, "newc"),
 written here: the same input gives the same bytes, which the key of a template needs, and no cpio command is. Not
 compressed: a machine without hardware virtualization would emulate the decompression.
@@ -35,15 +38,22 @@ def build(kernel: Kernel, agent: Path, out: Path) -> None:
 
 def entries(kernel: Kernel, agent: Path) -> list[Entry]:
     loaded = modules.closure(kernel)
-    order = "".join(f"{modules.file_name(path)}\n" for path in loaded)
-    files = [Entry(f"modules/{modules.file_name(path)}", _FILE | 0o600, read_compressed(path)) for path in loaded]
+    live = modules.live(kernel) or []
+    files = [
+        Entry(f"modules/{modules.file_name(path)}", _FILE | 0o600, read_compressed(path)) for path in (*loaded, *live)
+    ]
     directories = [Entry(name, _DIRECTORY) for name in ("dev", "modules", "proc", "root", "sys")]
     return [
         *directories,
         Entry("init", _FILE | 0o755, agent.read_bytes()),
-        Entry("modules/order", _FILE | 0o600, order.encode()),
+        Entry("modules/order", _FILE | 0o600, _names(loaded)),
+        *([Entry("modules/live", _FILE | 0o600, _names(live))] if live else []),
         *files,
     ]
+
+
+def _names(files: Iterable[Path]) -> bytes:
+    return "".join(f"{modules.file_name(path)}\n" for path in files).encode()
 
 
 def archive(content: Iterable[Entry]) -> bytes:

@@ -19,6 +19,8 @@ from isolat.guest.kernel import Kernel, read_compressed
 
 REQUIRED = ("virtio_mmio", "virtio_console", "virtio_blk", "virtio_rng", "virtio_net", "erofs", "overlay", "ext4")
 WANTED = ("virtio_pci",)  # on a machine with a PCI bus; and what only some kernels have as modules
+LIVE = ("virtiofs",)  # loaded by machines that share directories with the host, and by no others
+_KEPT = "kept"  # for which modules a directory was pruned
 _SUFFIXES = (".ko", ".ko.xz", ".ko.gz", ".ko.zst")
 _SOFT = {"crc32c": ("crc32c_generic",)}  # a softdep may name an algorithm (crypto_alloc_shash) and not a module
 _LOADS_WITHOUT = {"ext4": ("crc32c",), "libcrc32c": ("crc32c",)}  # asked for at run time; not every kernel says so
@@ -43,6 +45,20 @@ def closure(kernel: Kernel, required: Sequence[str] = REQUIRED, wanted: Sequence
     for name in (*required, *wanted):
         _visit(name, files, order, ())
     return list(order.values())
+
+
+def live(kernel: Kernel) -> list[Path] | None:
+    """What ``LIVE`` needs beside the others, in load order; None where this kernel lacks it.
+
+    Of a kernel without modules nothing is known: it is taken to have everything.
+    """
+    if kernel.modules is None:
+        return []
+    there = {*_files(kernel.modules), *_builtin(kernel.modules)}
+    if any(name not in there for name in LIVE):
+        return None
+    always = set(closure(kernel))
+    return [path for path in closure(kernel, LIVE, ()) if path not in always]
 
 
 def _visit(name: str, files: dict[str, Path], order: dict[str, Path], above: tuple[str, ...]) -> None:
@@ -111,12 +127,25 @@ def normal(name: str) -> str:
 def prune(modules: Path, keep: Iterable[Path]) -> None:
     """Remove every module but these; what remains is still a directory to take a closure of."""
     kept = set(keep)
+    (modules / _KEPT).write_text(_purpose())
     for path in modules.rglob("*.ko*"):
         if path not in kept:
             path.unlink()
     for path in sorted((p for p in modules.rglob("*") if p.is_dir()), reverse=True):
         if not any(path.iterdir()):
             path.rmdir()
+
+
+def is_pruned_for_this(modules: Path) -> bool:
+    """Whether what would be kept today can still be there."""
+    try:
+        return (modules / _KEPT).read_text() == _purpose()
+    except OSError:
+        return False
+
+
+def _purpose() -> str:
+    return "".join(f"{name}\n" for name in (*REQUIRED, *WANTED, *LIVE))
 
 
 def _files(modules: Path) -> dict[str, Path]:

@@ -119,3 +119,45 @@ def test_a_users_kernel_fetches_nothing(tmp_path: Path, native: Path, fetched: F
     assert (made.release, fetched) == (RELEASE, [])
     assert ensure(tmp_path / "guest", native, own_kernel=tmp_path / "vmlinuz") == made
     assert ensure(tmp_path / "guest", native).key != made.key  # without it: another kernel
+
+
+def _as_an_older_isolat_left_it(at: Path) -> None:
+    """Pruned for fewer modules, and its initramfs made without them."""
+    (at / "kernel" / "modules" / "kept").unlink()
+    (at / "manifest.json").unlink()
+
+
+def test_a_kernel_that_was_pruned_for_fewer_modules_is_fetched_again(
+    tmp_path: Path, native: Path, fetched: Fetched
+) -> None:
+    made = ensure(tmp_path / "guest", native)
+    _as_an_older_isolat_left_it(tmp_path / "guest")
+    assert ensure(tmp_path / "guest", native) == made
+    assert len(fetched) == 2 and sorted(p.name for p in (tmp_path / "guest").glob("kernel*")) == ["kernel"]
+
+
+def test_without_the_network_it_goes_on_to_serve(
+    tmp_path: Path, native: Path, fetched: Fetched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = ensure(tmp_path / "guest", native)
+    _as_an_older_isolat_left_it(tmp_path / "guest")
+
+    def fail(*_: object, **__: object) -> Kernel:
+        raise StoreError("the network is needed")
+
+    monkeypatch.setattr(kernel, "fetch", fail)
+    assert ensure(tmp_path / "guest", native) == made
+    monkeypatch.setattr(kernel, "fetch", fetched.fetch)
+    (tmp_path / "guest" / "manifest.json").unlink()  # as when the agent is another one
+    assert ensure(tmp_path / "guest", native) == made and len(fetched) == 2, (
+        "it is tried again when there is an occasion"
+    )
+
+
+def test_whether_the_kernel_can_share_directories_is_known(
+    tmp_path: Path, native: Path, fetched: Fetched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not ensure(tmp_path / "without", native).live
+    monkeypatch.setattr(modules, "LIVE", ("sound",))
+    assert ensure(tmp_path / "with", native).live
+    assert ensure(tmp_path / "with", native).live

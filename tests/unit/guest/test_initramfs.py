@@ -49,3 +49,14 @@ def test_the_agent_is_the_init_and_modules_are_listed_in_order(tmp_path: Path) -
     assert found["modules/virtio_rng.ko"][1] == (tmp_path / "m" / "kernel" / "virtio-rng.ko").read_bytes()
     assert {"dev", "proc", "sys", "root"} < found.keys()
     assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".tmp")] == []
+
+
+def test_what_only_live_volumes_need_is_in_a_list_of_its_own(tmp_path: Path) -> None:
+    needs = {"virtio_mmio": "virtio", "virtio": "", "virtiofs": "fuse,virtio", "fuse": ""}
+    builtin = ("virtio_console", "virtio_blk", "virtio_rng", "virtio_net", "erofs", "overlay", "ext4")
+    kernel = Kernel("6.1", tmp_path / "vmlinux", module_tree(tmp_path / "m", needs, builtin))
+    (tmp_path / "agent").write_bytes(b"AGENT")
+    found = {entry.name: entry.data for entry in initramfs.entries(kernel, tmp_path / "agent")}
+    assert found["modules/order"] == b"virtio.ko\nvirtio_mmio.ko\n"
+    assert found["modules/live"] == b"fuse.ko\nvirtiofs.ko\n"
+    assert {"modules/fuse.ko", "modules/virtiofs.ko"} < found.keys()

@@ -69,10 +69,34 @@ def test_a_pruned_directory_has_the_same_closure(tmp_path: Path) -> None:
     before = modules.closure(kernel(tree), ["a"], [])
     modules.prune(tree, before)
     assert modules.closure(kernel(tree), ["a"], []) == before
-    assert sorted(path.name for path in tree.rglob("*")) == ["a.ko", "b.ko", "kernel", "modules.builtin"]
+    assert sorted(path.name for path in tree.rglob("*")) == ["a.ko", "b.ko", "kept", "kernel", "modules.builtin"]
 
 
 @pytest.mark.parametrize("data", [b"", b"\x7fELF", bytes(200), b"\x7fELF" + b"\xff" * 200])
 def test_what_is_no_module_is_told_apart(data: bytes) -> None:
     with pytest.raises(ValueError, match="module"):
         modules.module_info(data)
+
+
+def _whole(at: Path, more: dict[str, str], builtin: tuple[str, ...] = ()) -> Kernel:
+    return kernel(module_tree(at, {"erofs": "", **more}, (*(set(modules.REQUIRED) - {"erofs"}), *builtin)))
+
+
+def test_what_live_volumes_need_comes_beside_what_is_always_loaded(tmp_path: Path) -> None:
+    found = modules.live(_whole(tmp_path, {"virtiofs": "fuse,erofs", "fuse": ""}))
+    assert found is not None and names(found) == ["fuse.ko", "virtiofs.ko"]
+
+
+def test_built_in_it_needs_no_file_and_a_kernel_without_it_is_told_apart(tmp_path: Path) -> None:
+    assert modules.live(_whole(tmp_path / "in", {}, ("virtiofs",))) == []
+    assert modules.live(_whole(tmp_path / "out", {"fuse": ""})) is None
+    assert modules.live(Kernel("6.1", Path("vmlinux"), None)) == []
+
+
+def test_a_directory_that_was_pruned_for_less_is_told_apart(tmp_path: Path) -> None:
+    tree = module_tree(tmp_path, {"a": ""})
+    assert not modules.is_pruned_for_this(tree)
+    modules.prune(tree, [])
+    assert modules.is_pruned_for_this(tree)
+    (tree / "kept").write_text("erofs\n")
+    assert not modules.is_pruned_for_this(tree)
