@@ -158,6 +158,7 @@ def frame_of(layer: Layer, plan: Plan, *, last: bool, guest_key: str = GUEST) ->
         main=plan.main if last else None,
         guest=plan.guest,
         options=plan.options,
+        beside=plan.beside,
         inside=plan.inside,
         guest_key=guest_key,
     )
@@ -292,6 +293,7 @@ def describe(planned: list[Planned]) -> tuple[list[dict[str, object]], str]:
                 "steps": [step.to_json() for step in plan.steps],
                 "descriptors": [asdict(descriptor) for descriptor in plan.descriptors],
                 "inside": [step.to_json() for step in plan.inside],
+                "beside": {key: list(command.argv) for key, command in plan.beside},
                 "guest": list(plan.guest.argv) if plan.guest else None,
                 "main": list(plan.main.argv) if plan.main else None,
             }
@@ -299,6 +301,7 @@ def describe(planned: list[Planned]) -> tuple[list[dict[str, object]], str]:
         lines.append(f"layer {item.layer.name}")
         lines += [f"  {n}. {step.describe()}" for n, step in enumerate(plan.steps, 1)]
         lines += [f"  {descriptor.describe()}" for descriptor in plan.descriptors]
+        lines += [f"  beside the guest: {' '.join(command.argv)}" for _, command in plan.beside]
         if plan.guest:
             lines.append(f"  guest: {' '.join(plan.guest.argv)}")
         lines += [f"  inside: {step.describe()}" for step in plan.inside]

@@ -89,7 +89,7 @@ class Handle:
         return replace(self, **changes)
 
     def to_json(self) -> dict[str, Any]:
-        data = asdict(replace(self, frames=tuple(replace(frame, inside=()) for frame in self.frames)))
+        data = asdict(replace(self, frames=tuple(replace(frame, inside=(), beside=()) for frame in self.frames)))
         for frame, out in zip(self.frames, data["frames"], strict=True):
             out["steps"] = [step.to_json() for step in frame.steps]
         return {"version": VERSION, **data}

@@ -91,6 +91,11 @@ class Holding:
             ours.enter_context(one)
             ours.enter_context(other)
             return {name: one.fileno(), f"{name}-peer": other.fileno()}
+        if descriptor.source is Source.LISTENING:
+            listening, connected = _listening(Path(descriptor.path))
+            ours.enter_context(listening)
+            ours.enter_context(connected)
+            return {name: listening.fileno(), f"{name}-peer": connected.fileno()}
         if lent is not None and descriptor.source in _OF_TEMPLATE:
             if descriptor.source is Source.TEMPLATE_MEMORY:
                 return {name: lent[0]}
@@ -113,6 +118,28 @@ class Holding:
             return os.open(descriptor.path, mode | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError as error:
             raise StoreError(f"{descriptor.path or descriptor.name} can't be opened: {error.strerror}") from error
+
+
+def _listening(path: Path) -> tuple[socket.socket, socket.socket]:
+    """For a server that can only accept: its socket, and a connection that waits there. Nobody can make another one,
+    for the name is gone. By a descriptor, because a socket's path has at most 107 bytes (unix(7)).
+    """
+    listening, connected = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
+    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    at = f"/proc/self/fd/{directory}/{path.name}"
+    try:
+        path.unlink(missing_ok=True)
+        listening.bind(at)
+        listening.listen(1)
+        connected.connect(at)
+        path.unlink()
+        return listening, connected
+    except OSError as error:
+        listening.close()
+        connected.close()
+        raise StoreError(f"{path} can't be made a socket: {error.strerror}") from error
+    finally:
+        os.close(directory)
 
 
 def _of_template(descriptor: Descriptor, lent: Lent, d: Deadline) -> int:

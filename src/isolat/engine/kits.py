@@ -21,7 +21,7 @@ from isolat.guest import files
 from isolat.images import disks
 from isolat.images.progress import Progress, no_progress
 from isolat.layers.base import Descriptor, MachineKit
-from isolat.qemu import accel, features, jail
+from isolat.qemu import accel, features, jail, sharing
 
 FETCH_S = 600.0  # a kernel comes over the network
 _TSC_S = 10.0
@@ -53,7 +53,7 @@ class Kits:
                 self._kits[key] = (found, self._make(found, accelerator, progress))
             kit = self._kits[key][1]
             jail.ensure(self.jail, self.dir, kvm=kit.accel == "kvm")
-            return kit
+            return sharing.with_server(kit)
 
     def pc_kernel(self, progress: Progress = no_progress) -> None:
         """Fetch the kernel of whole PCs where it is missing, which may take long. Raises what ``get`` raises."""
@@ -90,6 +90,7 @@ class Kits:
             raise Unsupported(f"QEMU {qemu.version} lacks {', '.join(lacking)}", hint="use QEMU 7.2 or later")
         asked = os.environ.get("ISOLAT_ACCEL", "auto") if accelerator == "auto" else accelerator
         chosen = accel.choose(qemu, found, self.dir / "accel.json", Deadline(60), asked)
+        lacks, remedy = sharing.lacking(chosen.qemu, found)
         return MachineKit(
             qemu=chosen.qemu.binary,
             qemu_version=chosen.qemu.version,
@@ -105,6 +106,8 @@ class Kits:
             guest_key=found.key,
             jail=str(self.jail),
             pc="" if qemu.missing("q35") else qemu.binary,
+            live_lacks=lacks,
+            live_remedy=remedy,
         )
 
     def _in_jail(self, path: Path) -> str:

@@ -43,7 +43,7 @@ from isolat.images import architecture
 from isolat.images.pool import Pool
 from isolat.images.progress import Progress
 from isolat.images.store import ImageStore
-from isolat.layers import registry
+from isolat.layers import live, registry
 from isolat.layers.base import (
     GUEST,
     CanWarm,
@@ -56,6 +56,7 @@ from isolat.layers.base import (
     Source,
     State,
 )
+from isolat.layers.volumes import are_copied
 from isolat.places.base import Facts, Io, Place
 from isolat.places.link import Link
 from isolat.places.wired import WiredPlace
@@ -149,7 +150,11 @@ class Maker:
         d = Deadline(START_S)
         io = replace(io, tty=spec.tty, log=spec.logging != "none", main=True)
         can = registry.resolve(spec.layers)[0].capabilities
-        with self._volumes.claim(spec.volumes if can.volumes else (), copies=not can.volumes_live) as claim:
+        if live.wanted(spec):
+            live.check_sources(spec.volumes, descriptors)
+            live.check_way(self._paths.envs)
+        copied = are_copied(can, service)
+        with self._volumes.claim(spec.volumes if can.volumes else (), copies=copied) as claim:
             ready = self._ready_machine(spec, registry.resolve(spec.layers), kit)
             try:
                 return self._run(spec, service, caller, kit, ready, claim, descriptors, attach, io, d)

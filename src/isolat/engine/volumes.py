@@ -30,6 +30,7 @@ from isolat.errors import Conflict, NotFound, StoreError, Unsupported
 from isolat.images.pool import Pool
 from isolat.layers import registry
 from isolat.layers.base import State
+from isolat.layers.volumes import are_copied
 from isolat.linux import resolve
 from isolat.spec import model
 from isolat.spec.mounts import named_volumes
@@ -64,7 +65,7 @@ class User:
 def users_of(handle: Handle, snapshot: str = "") -> Iterator[User]:
     """What an environment uses, or the snapshot of that name."""
     layer = registry.LAYERS.get(handle.frames[0].layer) if handle.frames else None
-    copies = layer is not None and not layer.capabilities.volumes_live
+    copies = layer is not None and are_copied(layer.capabilities, handle.spec)
     kind, name, state = (SNAPSHOT, snapshot, "") if snapshot else (ENVIRONMENT, handle.name, str(handle.state))
     for volume in named_volumes(handle.spec.get("volumes")):
         yield User(volume.source, kind, handle.id, name, state, volume.read_only, copies)

@@ -107,6 +107,9 @@ class MachineKit:
     jail: str  # the read-only root that QEMU runs in
     templates: bool = True
     pc: str = ""  # the QEMU that makes whole PCs, as seen in the jail; empty: none here
+    virtiofsd: str = ""  # what shares directories with a machine; path on this machine
+    live_lacks: str = ""  # why that is not possible here; empty: it is
+    live_remedy: str = ""
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,7 @@ class Source(StrEnum):
     """Where a descriptor comes from."""
 
     MEMORY = "memory"  # new memory of this size, which can be sealed (memfd_create(2))
+    LISTENING = "listening"  # a socket that listens, with one connection to it, whose other end is held as NAME-peer
     PAIR = "pair"  # one end of a new socket pair; its other end is held as NAME-peer
     FILE = "file"  # the file at this path
     DISK = "disk"  # a new, empty, sparse file system of this size, at this path
@@ -215,6 +219,7 @@ class Plan:
     main_in_guest: bool = True
     needs: Needs = Needs()
     descriptors: tuple[Descriptor, ...] = ()  # held before the guest starts
+    beside: tuple[tuple[str, Command], ...] = ()  # key and command of what the guest needs beside it, started before it
     inside: tuple[Step, ...] = ()  # carried out in the guest before the application starts; they go with it
     template: TemplatePlan | None = None  # what the guest is cloned from
     options: tuple[tuple[str, Any], ...] = ()  # what ``start`` has to know beyond the commands
@@ -231,7 +236,8 @@ class Frame:
     main: Command | None = None
     guest: Command | None = None
     options: tuple[tuple[str, Any], ...] = ()
-    inside: tuple[Step, ...] = ()  # only until it has started: not written down
+    beside: tuple[tuple[str, Command], ...] = ()  # this and the next only until it has started: not written down
+    inside: tuple[Step, ...] = ()
     guest_key: str = GUEST  # another one where several are in one place
     stop_signal: int = int(signal.SIGTERM)  # what its application is asked to end with
 

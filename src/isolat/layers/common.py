@@ -95,6 +95,23 @@ def volume_source(job: Job, volume: Volume) -> str:
     return f"{job.volumes}/{volume.source}" if volume.named else volume.source
 
 
+def volume_lines(job: Job, volume: Volume) -> tuple[tuple[int, int, int], ...]:
+    """Named volumes and root's keep every number inside; another caller's files belong to root inside, no others do."""
+    if volume.named or job.caller_uid == 0:
+        return ((0, job.uid_base, job.uid_count),)
+    return ((job.caller_uid, job.uid_base, 1),)
+
+
+def check_owners(job: Job) -> None:
+    """Raises Unsupported where ``volume_lines`` would not do."""
+    uid, gid = job.caller_uid, job.caller_gid
+    if uid != gid and not all(volume.named for volume in job.spec.volumes):
+        raise Unsupported(
+            f"volumes of a caller with user {uid} and group {gid} are not supported: one map serves both numbers",
+            hint=f"run it as root, or with a primary group of the number {uid}",
+        )
+
+
 def upper(job: Job) -> str:
     """The directory that everything writable is in, bounded as a whole."""
     return job.upper or f"{job.dir}/upper"

@@ -35,7 +35,6 @@ from isolat.places.steps import (
     Run,
     Step,
 )
-from isolat.spec.model import Volume
 
 INSIDE_LIBEXEC = "/dev/.isolat"
 INIT = "isolat-init"
@@ -156,12 +155,7 @@ def _checked(job: Job, capabilities: Capabilities) -> Mapping[str, Any]:
             "a container without an init is not supported: exec, terminals and copies go through the init",
             hint="leave out --no-init; the application is then process 2 and loses nothing but the number 1",
         )
-    uid, gid = job.caller_uid, job.caller_gid
-    if uid != gid and not all(volume.named for volume in job.spec.volumes):
-        raise Unsupported(
-            f"volumes of a caller with user {uid} and group {gid} are not supported: one map serves both numbers",
-            hint=f"run it as root, or with a primary group of the number {uid}",
-        )
+    common.check_owners(job)
     return _options(job)
 
 
@@ -236,7 +230,7 @@ def _outside(job: Job, probe: Probe) -> tuple[tuple[Bind, ...], tuple[Step, ...]
         at = f"{job.dir}/volumes/{n}"
         attributes = CLOSED | (MOUNT_ATTR_RDONLY if volume.read_only else 0)
         source, descriptor = common.volume_source(job, volume), n if job.opened else -1
-        steps.append(Idmap(source, at, _volume_lines(job, volume), attributes, descriptor))
+        steps.append(Idmap(source, at, common.volume_lines(job, volume), attributes, descriptor))
         binds.append(Bind(at, volume.target, volume.read_only))
     for n, (source, target) in enumerate(common.binds(job)):
         at = f"{job.dir}/binds/{n}"
@@ -256,13 +250,6 @@ def _etc(job: Job, probe: Probe) -> list[Bind]:
         else Bind(f"{common.upper(job)}{path}", path, executable=False)
         for path in ("/etc/hostname", "/etc/hosts", "/etc/resolv.conf")
     ]
-
-
-def _volume_lines(job: Job, volume: Volume) -> tuple[tuple[int, int, int], ...]:
-    """Named volumes and root's keep every number inside; another caller's files belong to root inside, no others do."""
-    if volume.named or job.caller_uid == 0:
-        return ((0, job.uid_base, job.uid_count),)
-    return ((job.caller_uid, job.uid_base, 1),)
 
 
 def _bundle(job: Job, options: Mapping[str, Any], binds: tuple[Bind, ...], runtime: Runtime) -> Bundle:

@@ -11,6 +11,7 @@ disk, the writable part an ext4 of the asked size on the second, an overlay of b
 Options, under ``x-microvm``:
 
 - ``template``: false boots a machine that shares no memory with any other (default true)
+- ``volumes``: live shares the volumes while it runs, and boots it for itself, too (default copied)
 - ``park_s``: after how many seconds without a word an idle machine is stopped until something is asked (0: never)
 """
 
@@ -35,7 +36,7 @@ from isolat.errors import (
 )
 from isolat.guest import blank
 from isolat.guest.kernel import KERNEL_ARGUMENTS
-from isolat.layers import common, copies, files, hosting, machines, templates, volumes
+from isolat.layers import common, copies, files, hosting, live, machines, templates, volumes
 from isolat.layers.base import (
     GUEST,
     Boundary,
@@ -70,7 +71,7 @@ from isolat.places.steps import (
     PutFile,
     Step,
 )
-from isolat.qemu import argv, dialogue, machine
+from isolat.qemu import argv, dialogue, machine, sharing
 from isolat.spec.model import DEFAULT_PIDS
 from isolat.trace import mark
 
@@ -81,7 +82,7 @@ NAMES = f"{INSIDE}/names"
 VOLUMES = f"{DISK}/volumes"
 GROUP = "/sys/fs/cgroup/isolat-application"
 INNER_GROUP = "/sys/fs/cgroup/isolat"  # of all that a layer inside makes
-OPTIONS = frozenset({"template", "park_s"})
+OPTIONS = frozenset({"template", "park_s", "volumes"})
 MEMORY_MIN_BYTES = 96 << 20
 PARK_S = 10.0
 _KILL_S = 5.0
@@ -115,7 +116,8 @@ class MicrovmLayer(Layer):
     )
 
     def probe(self, place: Place, d: Deadline) -> Probe:
-        return machines.probe(place)
+        found = machines.probe(place)
+        return replace(found, warnings=sharing.warnings()) if found.ready else found
 
     def plan(self, job: Job, probe: Probe) -> Plan:
         common.check(job, self.name, self.capabilities)
@@ -124,11 +126,16 @@ class MicrovmLayer(Layer):
         kit = machines.kit_of(job, self.name)
         asked = _machine(job, kit)
         templated = _templated(options, kit)
+        shares = live.wanted(job.spec)
+        if shares:
+            live.check(job, kit)
+        mounts = live.steps(job) if shares else ()
         guest = _guest(job, kit, replace(asked, incoming=templated, share=not templated), _park_s(options))
         outer = not job.command
         template = _template(job, kit, asked, guest) if templated else None
         return Plan(
-            steps=machines.outside(job, argv.memory_overhead_bytes(asked) + _template_bytes(job, templated)),
+            steps=(*machines.outside(job, _overhead_bytes(job, asked, templated)), *mounts),
+            beside=live.beside(job, kit) if shares else (),
             guest=guest,
             main=None if outer else _main(job),
             needs=Needs(job.spec.memory_bytes, job.spec.cpus, job.spec.disk_bytes, machines.digests(job)),
@@ -153,7 +160,9 @@ class MicrovmLayer(Layer):
             disks["vdc"] = ("tools", True)
         if frame.option("volumes"):
             disks[volumes.DEVICE] = (volumes.HELD, False)
+        live.serve(frame, place, d)
         _begin(frame, place, disks, d)
+        live.let_go(frame, place, d)
         return self._settle_in(frame, place, _changed(frame, disks), frame.inside, io, d)
 
     def _settle_in(
@@ -318,6 +327,7 @@ def _options(job: Job) -> Mapping[str, Any]:
     common.check_options("microvm", options, OPTIONS)
     if not isinstance(options.get("template", True), bool):
         raise Unsupported(f"x-microvm: template is {options['template']!r}", hint="it may be true or false")
+    live.check_options(options)
     park_s = options.get("park_s", PARK_S)
     if isinstance(park_s, bool) or not isinstance(park_s, (int, float)) or not 0 <= park_s <= 86400:
         raise Unsupported(f"x-microvm: park_s is {park_s!r}", hint="it is a number of seconds; 0: never")
@@ -329,7 +339,7 @@ def _park_s(options: Mapping[str, Any]) -> float:
 
 
 def _templated(options: Mapping[str, Any], kit: MachineKit) -> bool:
-    return kit.templates and bool(options.get("template", True))
+    return kit.templates and bool(options.get("template", True)) and not live.asked(options)
 
 
 def _machine(job: Job, kit: MachineKit) -> argv.Machine:
@@ -352,14 +362,21 @@ def _machine(job: Job, kit: MachineKit) -> argv.Machine:
         tsc_khz=kit.tsc_khz if kit.accel == "tcg" else 0,
         vmlinux=kit.kernel,
         initramfs=kit.initramfs,
+        live=len(job.spec.volumes) if live.wanted(job.spec) else 0,
         sandbox=kit.sandbox,
         kernel_arguments=KERNEL_ARGUMENTS,
     )
 
 
 def _guest(job: Job, kit: MachineKit, asked: argv.Machine, park_s: float) -> Command:
-    held = ("ram", "qmp-peer", "state") if asked.incoming else ("ram", "qmp-peer")
+    further = ("state",) if asked.incoming else live.peers(job) if asked.live else ()
+    held = ("ram", "qmp-peer", *further)
     return replace(machines.guest(job, kit, argv.microvm_argv(asked), held), park_s=park_s)
+
+
+def _overhead_bytes(job: Job, asked: argv.Machine, templated: bool) -> int:
+    shares = live.memory_bytes(job) if asked.live else 0
+    return argv.memory_overhead_bytes(asked) + _template_bytes(job, templated) + shares
 
 
 def _template_bytes(job: Job, templated: bool) -> int:

@@ -24,6 +24,7 @@ DISKS = (
 )  # fmt: skip
 AGENT_PORT = "isolat"
 NIC = "nic0"
+LIVE_ARGUMENT = "isolat.live"  # the agent then loads the modules that virtiofs needs (native/boot.c)
 NIC_MAC = "52:54:00:00:00:01"  # travels in a saved state whatever is said here; the agent sets the real one
 TCG_CPU = "Westmere-v1"  # boots a quarter faster than `max`; x86-64-v2, and without the warnings of `Westmere`
 KVM_CPU = "host,migratable=on,-svm,-vmx"
@@ -41,6 +42,7 @@ class Descriptors:
     agent: int = 3
     ram: int = 4
     qmp: int = 5
+    live: int = 6  # the first of those to servers of files
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Machine:
     share: bool = False  # a template: what it writes to its memory is seen by the memfd's other users
     firmware: str = ""  # empty: QEMU's own for this machine
     kernel_arguments: tuple[str, ...] = ()  # further ones
+    live: int = 0  # how many directories are shared with it: only where its memory is
     sandbox: bool = True  # QEMU's own system call filter: only off where ``features.Qemu`` says that it has none
     descriptors: Descriptors = field(default=Descriptors())
 
@@ -92,6 +95,7 @@ def microvm_argv(m: Machine) -> tuple[str, ...]:
         *(word for id, read_only in DISKS for word in _placeholder(id, read_only)),
         *late_network("virtio-net-device,guest_announce=off"),  # nobody is there whom a restored one could tell
         *("-device", "virtio-rng-device"),
+        *(_shared(m) if m.live else ()),
         *(("-incoming", "defer") if m.incoming else _boot(m)),
     )
 
@@ -139,7 +143,8 @@ def kernel_arguments(m: Machine) -> str:
     less = ("lsm=landlock,lockdown,yama", "psi=0")
     tcg = (*slow, *less) if m.accel == "tcg" else ()
     always = ("console=ttyS0", "quiet", "panic=-1", "reboot=t", "no_timer_check", "rcupdate.rcu_expedited=1")
-    return " ".join((*always, *tsc, *tcg, *m.kernel_arguments))
+    live = (LIVE_ARGUMENT,) if m.live else ()
+    return " ".join((*always, *tsc, *tcg, *live, *m.kernel_arguments))
 
 
 def memory_overhead_bytes(m: Machine) -> int:
@@ -249,6 +254,28 @@ def _replaced(words: tuple[str, ...], some: tuple[str, ...], others: tuple[str, 
     if at is None:
         raise ValueError(f"{' '.join(some)} is no part of this command line")
     return words[:at] + others + words[at + len(some) :]
+
+
+def live_tag(n: int) -> str:
+    """By which the guest mounts the shared directory of this number."""
+    return f"live-{n}"
+
+
+def _shared(m: Machine) -> tuple[str, ...]:
+    """A server of files is at each descriptor's other end (docs/system/devices/vhost-user.rst).
+
+    It knows no devices of before version 1 of virtio, and virtio-mmio makes these unless told otherwise.
+    """
+    modern = ("-global", "virtio-mmio.force-legacy=off")
+    return (*modern, *(word for n in range(m.live) for word in _live(n, m.descriptors.live + n)))
+
+
+def _live(n: int, descriptor: int) -> tuple[str, ...]:
+    tag = live_tag(n)
+    return (
+        *("-chardev", f"socket,id={tag},fd={descriptor}"),
+        *("-device", f"vhost-user-fs-device,chardev={tag},tag={tag}"),
+    )
 
 
 def late_network(card: str) -> tuple[str, ...]:

@@ -47,6 +47,9 @@ PACKAGES = (
     Package(
         "qemu-system-x86", "runs machines with a kernel of their own", Group.REQUIRED, "microvm", "qemu-system-x86_64"
     ),
+    Package(
+        "qemu-system-common", "shares directories with machines while they run (virtiofsd)", Group.REQUIRED, "microvm"
+    ),
     Package("e2fsprogs", "makes the disks of machines (mkfs.ext4)", Group.REQUIRED, "microvm", "mkfs.ext4"),
     Package("lz4", "takes a machine's kernel out of its package", Group.REQUIRED, "microvm", "lz4"),
     Package("grub-common", "packs the boot loader of a whole PC (grub-mkimage)", Group.REQUIRED, "vm", "grub-mkimage"),

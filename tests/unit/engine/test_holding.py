@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -45,6 +46,20 @@ class Lender:
 def provide(lender: Any, keeper: Keeper, descriptors: tuple[Descriptor, ...], plan: TemplatePlan | None) -> None:
     holding = Holding(Path("/nonexistent"), lender, lambda *_: Path("/nonexistent"))
     holding.provide(descriptors, plan, cast(Place, keeper), Deadline(5))
+
+
+def test_a_server_that_can_only_accept_finds_a_connection_that_nobody_else_can_make(tmp_path: Path) -> None:
+    deep = tmp_path / ("d" * 100)  # a socket's own path has at most 107 bytes
+    deep.mkdir()
+    keeper = Keeper()
+    for _ in range(2):
+        provide(None, keeper, (Descriptor("live-0", Source.LISTENING, str(deep / "live-0")),), None)
+    assert list(deep.iterdir()) == []
+    with socket.socket(fileno=keeper.held["live-0"]) as listening:
+        listening.settimeout(5)
+        with listening.accept()[0] as server, socket.socket(fileno=keeper.held["live-0-peer"]) as client:
+            client.sendall(b"told")
+            assert server.recv(9) == b"told"
 
 
 def test_a_template_is_asked_once_and_what_it_lends_is_closed(tmp_path: Path) -> None:

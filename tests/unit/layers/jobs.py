@@ -44,6 +44,7 @@ KIT = MachineKit(
     guest_key="1" * 64,
     jail="/state/mounts/jail",
     pc="/usr/bin/qemu-system-x86_64",
+    virtiofsd="/usr/lib/qemu/virtiofsd",
 )
 
 

@@ -68,6 +68,20 @@ CASES: dict[str, tuple[str, Job]] = {
         ),
     ),
     "microvm-booted": ("microvm", job("v2", spec={"options": (("microvm", {"template": False}),)})),
+    "microvm-live": (
+        "microvm",
+        job(
+            "v2",
+            spec={
+                "layers": ("microvm",),
+                "volumes": (*VOLUMES, Volume("/home/me/src", "/src")),
+                "options": (("microvm", {"volumes": "live"}),),
+            },
+            caller_uid=1000,
+            caller_gid=1000,
+            **DATA,
+        ),
+    ),
     "vm-full": (
         "vm",
         job(
@@ -121,7 +135,9 @@ def _of_machine(plan: Plan) -> dict[str, Any]:
     """What only machines have."""
     if not plan.descriptors:
         return {}
+    beside = {"beside": {key: asdict(command) for key, command in plan.beside}} if plan.beside else {}
     return {
+        **beside,
         "descriptors": [asdict(descriptor) for descriptor in plan.descriptors],
         "inside": [step.to_json() for step in plan.inside],
         "template": asdict(plan.template) if plan.template else None,

@@ -49,6 +49,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "microvm-boot": microvm_argv(BOOT),
     "microvm-template": microvm_argv(TEMPLATE),
     "microvm-clone": microvm_argv(CLONE),
+    "microvm-live": microvm_argv(replace(BOOT, share=True, live=2)),
     "microvm-clone-with-disks": with_disks(microvm_argv(CLONE), DISKS),
     "microvm-four-processors": microvm_argv(replace(BOOT, cpus=4)),
     "microvm-kvm": microvm_argv(KVM),
