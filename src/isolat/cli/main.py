@@ -10,7 +10,7 @@ import sys
 
 from isolat.cli import options
 
-EXIT_INTERRUPTED = 130
+EXIT_SIGNAL, SIGINT = 128, 2
 EXIT_SIGPIPE = 141
 
 
@@ -22,8 +22,8 @@ def main(argv: list[str] | None = None) -> int:
         code = _load(parsed.verb.target)(parsed)
         sys.stdout.flush()
         return code
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+    except KeyboardInterrupt as error:
+        return EXIT_SIGNAL + (error.args[0] if error.args else SIGINT)
     except BrokenPipeError:
         _forget_output()
         return EXIT_SIGPIPE

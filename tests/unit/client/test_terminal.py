@@ -227,17 +227,18 @@ def test_an_interrupt_before_the_start_is_passed_on_afterwards(session: Make) ->
     assert one.ends() == 130
 
 
-def test_a_second_interrupt_before_the_start_gives_up(session: Make) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_interrupt_before_the_start_gives_up(session: Make, number: int) -> None:
     made: list[Session] = []
 
     def interrupt() -> None:
         for _ in range(2):
             time.sleep(0.2)
-            made[0].process.send_signal(signal.SIGINT)
+            made[0].process.send_signal(number)
         time.sleep(0.2)
 
     made.append(session("run", "debian", before=interrupt))
-    assert made[0].ends() == 130
+    assert made[0].ends() == 128 + number
 
 
 def test_a_pipeline_whose_reader_ends_ends_too(daemon: Daemon) -> None:
