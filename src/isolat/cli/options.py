@@ -100,6 +100,7 @@ _RUN_OPTIONS = (
     Option(
         "--layer --runtime", VALUE, "the layer, or a stack from the hardware up: microvm/container", "LAYER", "layer"
     ),
+    Option("--layer-opt", LIST, "what only one layer understands: microvm.park_s=0", "LAYER.KEY=VALUE"),
     Option("--in", VALUE, "put it into this environment, which runs", "ENV"),
     _ENV,
     Option("-v --volume", LIST, "a named volume, or a directory or file, visible inside", "SOURCE:TARGET[:ro]"),

@@ -129,6 +129,10 @@ def build(parsed: o.Parsed) -> tuple[dict[str, Any], list[int]]:
         service["logging"] = {"driver": values["log_driver"]}
     if "disk" in values:
         service["storage_opt"] = {"size": values["disk"]}
+    if "layer_opt" in values:
+        from isolat.cli import layer_options
+
+        service.update(layer_options.parse(values["layer_opt"], values.get("layer", "container")))
     fds: list[int] = []
     if "volume" in values:
         from isolat.client import volumes
