@@ -279,4 +279,5 @@ def error_of(frame: Frame, name: str) -> IsolatError:
         return NotExecutable(message, stage=stage, errno=number)
     if stage == "key" and number == errno.ENOENT:
         return NotFound(f"{name}: {message}", stage=stage, errno=number)
-    return StartFailed(f"{name}: {stage}: {message}", stage=stage, errno=number, details=details)
+    said = message if message.startswith(f"{stage}: ") else f"{stage}: {message}"
+    return StartFailed(f"{name}: {said}", stage=stage, errno=number, details=details)
