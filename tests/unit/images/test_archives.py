@@ -453,6 +453,37 @@ def test_what_is_no_tree(store: ImageStore, data: bytes) -> None:
     assert store.list() == []
 
 
+@pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress, bz2.compress, lzma.compress])
+def test_half_an_archive_is_no_archive(store: ImageStore, pack: Any) -> None:
+    """Whatever compresses it; its end may be missing by a file, by a frame's last bytes, or by the mark alone."""
+    archive = Archive()
+    for name in (b"one", b"two"):
+        archive.add(name, data=os.urandom(400_000))
+    whole = archive.bytes()
+    packed = pack(whole)
+    for cut in (packed[: len(packed) // 2], packed[:-1], pack(whole.rstrip(b"\0")), whole[: 512 + 400_384]):
+        with pytest.raises(InvalidImage) as caught:
+            imported(store, cut)
+        assert caught.value.stage == "truncated"
+    assert imported(store, packed).digest == imported(store, whole).digest
+
+
+def test_every_form_of_a_zstd_frame(store: ImageStore) -> None:
+    def pack(data: bytes, **options: Any) -> bytes:
+        return zstandard.ZstdCompressor(**options).compress(data)
+
+    data = LAYERS[0] + bytes(1 << 20)
+    skipped = b"\x50\x2a\x4d\x18\x03\0\0\0abc"
+    several = pack(data[:700], write_checksum=True) + skipped + pack(data[700:], write_content_size=False)
+    streamed = zstandard.ZstdCompressor(level=19).compressobj()
+    forms = [several, skipped + several, streamed.compress(data) + streamed.flush()]
+    assert len({imported(store, one).digest for one in forms}) == 1
+    for one in (several + skipped[:-1], several[:-1], several + b"\x28"):
+        with pytest.raises(InvalidImage) as caught:
+            imported(store, one)
+        assert caught.value.stage == "truncated"
+
+
 def test_a_change_is_checked_before_anything_is_read(store: ImageStore) -> None:
     with pytest.raises(UsageError):
         import_archive(store, -1, change=["RUN rm"])
