@@ -165,6 +165,24 @@ def test_what_is_here_keeps_its_form(store: ImageStore) -> None:
     assert image.manifest == manifest["digest"] and image.names == ("one:latest", "other:latest")
 
 
+def test_members_may_have_attributes(store: ImageStore) -> None:
+    archive = Archive()
+    for name, data in docker_members(LAYERS).items():
+        archive.add(name.encode(), data=data, xattrs={b"user.note": b"x" * 100})
+    assert load(store, archive.bytes())
+
+
+def test_an_image_without_a_layer(store: ImageStore) -> None:
+    ((image, _),) = load(store, tar(docker_members([], ["empty:1"])))
+    assert store.resolve("empty:1").digest == image.digest and store.manifest(image).layers == ()
+
+
+def test_one_for_another_system_is_refused(store: ImageStore) -> None:
+    with pytest.raises(NotFound, match="for windows/amd64") as caught:
+        load(store, tar(docker_members(LAYERS, os="windows")))
+    assert caught.value.stage == "no-platform"
+
+
 # What is wrong
 
 
@@ -482,6 +500,11 @@ def test_every_form_of_a_zstd_frame(store: ImageStore) -> None:
         with pytest.raises(InvalidImage) as caught:
             imported(store, one)
         assert caught.value.stage == "truncated"
+
+
+def test_history_is_text_whatever_was_typed(store: ImageStore) -> None:
+    image = imported(store, LAYERS[0], message="\udcff\ud800!")
+    assert describe.history(store, image)[0]["comment"] == "\ufffd\ufffd!"
 
 
 def test_a_change_is_checked_before_anything_is_read(store: ImageStore) -> None:
