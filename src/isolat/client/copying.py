@@ -229,6 +229,8 @@ class _Opening:
         """
         self.close()
         self._thread.join(_SAY_S)
+        if isinstance(self._error, EOFError):
+            raise CopyFailed("the archive ends too early") from self._error
         if self._error is not None:
             raise CopyFailed(f"the archive can't be read: {self._error}") from self._error
 

@@ -37,8 +37,9 @@ def test_an_archive_comes_plain(tmp_path: Path, pack: Pack) -> None:
 def test_a_damaged_one_is_told(tmp_path: Path, pack: Pack) -> None:
     packed = pack(DATA)
     half = len(packed) // 2
-    for data in (packed[:half], packed[:half] + bytes(64) + packed[half + 64 :]):
-        with pytest.raises(CopyFailed, match="the archive can't be read"):
+    damaged = packed[:half] + bytes(64) + packed[half + 64 :]
+    for data, said in ((packed[:half], "the archive ends too early"), (damaged, "the archive can't be read")):
+        with pytest.raises(CopyFailed, match=said):
             through(tmp_path / "a", data)
 
 

@@ -250,7 +250,7 @@ class _Pull:
                 progress=self._tell,
                 repo_digest=reference.with_digest(top).by_digest,
             )
-        except InvalidImage:
+        except (InvalidImage, NotFound):
             self._kept.forget(digests)  # else the same would be found again
             raise
         self._kept.forget(digests)
