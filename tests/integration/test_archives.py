@@ -39,7 +39,7 @@ def small(shared: Root) -> Root:
     """With an image ``small``, whose command shows its name and ends with 3, and ``kept``, which is like it."""
     for image in shared.ask("images")["images"]:
         if "kept:latest" not in image["names"]:
-            shared.ask("rmi", {"image": image["digest"]})
+            shared.ask("rmi", {"image": image["digest"], "force": True})
     images.add_small(shared.path, "small")
     return shared
 
@@ -197,3 +197,12 @@ def test_listings(small: Root) -> None:
     assert small.ok("history", "small").splitlines()[0].split() == ["CREATED", "CREATED", "BY", "SIZE", "COMMENT"]
     assert json.loads(small.ok("image", "history", "--json", "small"))
     assert small.cli("tag", "small", "A B").returncode == 125
+
+
+def test_a_digest_of_several_names_goes_by_force_only(small: Root) -> None:
+    digest = next(one["digest"] for one in small.ask("images")["images"] if "small:latest" in one["names"])
+    small.ok("tag", "small", "again:1")
+    done = small.cli("rmi", digest)
+    assert done.returncode == 125 and b"several names: again:1, small:latest" in done.stderr
+    small.ok("rmi", "-f", digest[:12])
+    assert "again" not in small.ok("images")

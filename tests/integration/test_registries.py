@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from isolat.errors import DeadlineExceeded, InvalidImage, IsolatError, NotFound, StoreError, Unsupported
+from isolat.images.flatten.flattening import TOLD
 from isolat.images.image import Image
 from isolat.images.oci import Platform, digest_of
 from isolat.images.reference import parse_reference
@@ -205,6 +206,28 @@ def test_nothing_goes_on_when_nobody_waits_any_more(store: ImageStore) -> None:
             thread.join(20)
     assert len(errors) == 2
     assert _skopeos() == []
+
+
+def test_flattening_ends_when_nobody_waits_any_more(store: ImageStore) -> None:
+    leave = threading.Event()
+    told: list[str] = []
+
+    def progress(text: str, done: int, total: int) -> None:
+        told.append(text)
+        if text == TOLD:
+            leave.set()
+
+    layer = archive({"a": os.urandom(100_000)})
+    manifest, config = documents(layer)
+    answers: Answers = {
+        "/manifests/": lambda h: h.send(manifest, MANIFEST),
+        digest_of(config): lambda h: h.send(config),
+        digest_of(layer): lambda h: h.send(layer),
+    }
+    with serving(answers) as address, pytest.raises(watch.Abandoned):
+        pull(store, f"{address}/x", passenger=Passenger(progress, leave.is_set))
+    assert told[-1] == TOLD
+    assert store.list() == []
 
 
 def test_silence_ends_it_and_slow_is_not_silent(store: ImageStore, monkeypatch: pytest.MonkeyPatch) -> None:

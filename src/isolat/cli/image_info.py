@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from isolat.cli import failure, tables
 from isolat.cli import options as o
-from isolat.cli import tables
 from isolat.client import connect
+from isolat.errors import IsolatError
 
 _COMMAND_CHARACTERS = 45
 _SHELL = "/bin/sh -c "
@@ -23,8 +24,14 @@ def tag(parsed: o.Parsed) -> int:
 
 def inspect(parsed: o.Parsed) -> int:
     root = connect.find_root(parsed.values.get("root"))
-    tables.print_json(connect.ask(root, "image_inspect", {"images": parsed.words})["images"])
-    return 0
+    found, code = [], 0
+    for image in parsed.words:
+        try:
+            found += connect.ask(root, "image_inspect", {"images": [image]})["images"]
+        except IsolatError as error:
+            code = failure.tell(error)
+    tables.print_json(found)
+    return code
 
 
 def history(parsed: o.Parsed) -> int:

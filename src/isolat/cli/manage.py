@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -131,10 +132,20 @@ def inspect(parsed: o.Parsed) -> int:
     for env in parsed.words:
         try:
             found.append(connect.ask(root, "inspect", {"env": env}))
+        except NotFound as error:
+            code = failure.tell(_image_instead(root, env, error))
         except IsolatError as error:
             code = failure.tell(error)
     tables.print_json(found)
     return code
+
+
+def _image_instead(root: str, name: str, error: NotFound) -> NotFound:
+    """The same error; where an image is called so, with the verb that was meant."""
+    with contextlib.suppress(IsolatError):
+        connect.ask(root, "image_inspect", {"images": [name]})
+        return NotFound(error.message, hint=f"it is an image: isolat image inspect {name}")
+    return error
 
 
 def screenshot(parsed: o.Parsed) -> int:

@@ -26,7 +26,11 @@ _BOOTSTRAP_OPTIONS = (
     JSON,
 )
 _SNAPSHOTS_OPTIONS = (Option("-q --quiet", FLAG, "only names"), NO_TRUNC, JSON)
-_IMAGES_OPTIONS = (*_SNAPSHOTS_OPTIONS, Option("--digests", FLAG, "also the digest of each manifest"))
+_IMAGES_OPTIONS = (
+    *_SNAPSHOTS_OPTIONS,
+    Option("--digests", FLAG, "also the digest of each manifest"),
+    Option("--filter", LIST, "only those: reference=PATTERN, dangling=true, label=NAME[=VALUE]", "KEY=VALUE"),
+)
 _BUILD_OPTIONS = (
     Option("-t --tag", LIST, "a name for the image; may be repeated", "NAME[:TAG]"),
     Option("-f --file", VALUE, "the Containerfile (default: CONTEXT/Containerfile or Dockerfile)", "FILE"),
@@ -43,6 +47,7 @@ _BUILD_OPTIONS = (
     JSON,
 )
 _FORCE = "-f --force"
+_RMI_OPTIONS = (Option(_FORCE, FLAG, "a digest with all its names; what is not there is fine"),)
 _PLATFORM = Option("--platform", VALUE, "for which kind of machine (default: this one's)", "OS/ARCH")
 
 
@@ -82,15 +87,15 @@ VERBS: dict[str, Verb] = {
             (Option("--since", VALUE, "begin with the past: 10m, or 2026-01-31T12:00:00", "TIME"),
              Option("--no-follow", FLAG, "end with the present"), JSON),
         ),
-        Verb("images", "", "list images", "images:images", _IMAGES_OPTIONS),
-        Verb("rmi", "IMAGE…", "remove images", "images:rmi", (), (1, None)),
+        Verb("images", "[NAME]", "list images", "images:images", _IMAGES_OPTIONS, (0, 1)),
+        Verb("rmi", "IMAGE…", "remove images", "images:rmi", _RMI_OPTIONS, (1, None)),
         Verb("image bootstrap", "IMAGE", "make a base image: debian[:SUITE], or host", "images:bootstrap",
              _BOOTSTRAP_OPTIONS, (1, 1)),
         Verb("build", "CONTEXT", "build an image from a Containerfile (CONTEXT: a directory, or - )", "build:build",
              _BUILD_OPTIONS, (1, 1)),
         Verb("builder prune", "", "remove what builds keep to be quick", "build:prune", (JSON,)),
-        Verb("image ls", "", "list images", "images:images", _IMAGES_OPTIONS),
-        Verb("image rm", "IMAGE…", "remove images", "images:rmi", (), (1, None)),
+        Verb("image ls", "[NAME]", "list images", "images:images", _IMAGES_OPTIONS, (0, 1)),
+        Verb("image rm", "IMAGE…", "remove images", "images:rmi", _RMI_OPTIONS, (1, None)),
         Verb("image inspect", "IMAGE…", "everything known of them, as JSON", "image_info:inspect", (JSON,), (1, None)),
         Verb("history", "IMAGE", "how an image was made, the newest step first", "image_info:history",
              (NO_TRUNC, JSON), (1, 1)),

@@ -38,8 +38,9 @@ def default_file() -> Path:
     """Where `login` writes: in memory where the system has such a place, so that it goes with the session."""
     if chosen := os.environ.get("REGISTRY_AUTH_FILE"):
         return Path(chosen)
-    runtime = os.environ.get("XDG_RUNTIME_DIR") or f"/run/containers/{os.geteuid()}"
-    return Path(runtime) / ("containers/auth.json" if "XDG_RUNTIME_DIR" in os.environ else "auth.json")
+    if runtime := os.environ.get("XDG_RUNTIME_DIR"):
+        return Path(runtime) / "containers/auth.json"
+    return Path(f"/run/containers/{os.geteuid()}/auth.json")
 
 
 def of(registry: str) -> dict[str, Any]:
@@ -47,8 +48,9 @@ def of(registry: str) -> dict[str, Any]:
     for path in files():
         data = _read(path)
         auths = _map(data, "auths")
-        found = {key: value for key, value in auths.items() if key.partition("/")[0] in _keys(registry) and value}
-        helper = _map(data, "credHelpers").get(registry) or data.get("credsStore")
+        found = {key: value for key, value in auths.items() if _host(key) == _host(registry) and value}
+        helpers = _map(data, "credHelpers")
+        helper = next((helpers[key] for key in helpers if _host(key) == _host(registry)), data.get("credsStore"))
         if not found and isinstance(helper, str):
             found = _ask(helper, registry)
         if found:
@@ -56,9 +58,13 @@ def of(registry: str) -> dict[str, Any]:
     return {}
 
 
-def _keys(registry: str) -> tuple[str, ...]:
-    """Docker keeps its own registry under an address of long ago."""
-    return (registry, "index.docker.io", "https:") if registry == "docker.io" else (registry,)
+def _host(key: str) -> str:
+    """The registry that a key means: ``HOST[/NAMESPACE…]``, or an address, as Docker writes them.
+
+    Docker keeps its own registry under an address of long ago.
+    """
+    host = key.removeprefix("https://").removeprefix("http://").partition("/")[0]
+    return "docker.io" if host in ("index.docker.io", "registry-1.docker.io") else host
 
 
 def _map(data: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -73,8 +73,10 @@ def copy_in(
 def put_archive(root: str, env: str, source: int, path: str, progress: Progress = lambda _: None) -> Copied:
     """Put what the archive at the descriptor ``source`` holds below the directory ``path`` inside, with its owners."""
     args = {"env": env, "path": path, "archive": True, "owners": True}
-    with _plain(source) as plain, _Transfer(root, "copy_in", args, progress) as transfer:
-        return transfer.end(transfer.run(source=plain), [])
+    with _opened(source) as opening, _Transfer(root, "copy_in", args, progress) as transfer:
+        ending = transfer.run(source=opening.reading)
+        opening.finish()  # first: what is cut short is complained of inside, too
+        return transfer.end(ending, [])
 
 
 def copy_out(
@@ -192,25 +194,54 @@ def _packed(words: list[str]) -> Iterator[tuple[int, _Packer]]:
             process.kill()
 
 
+class _Opening:
+    """The plain bytes of an archive that may be compressed with gzip, bzip2 or xz, in the pipe ``reading``."""
+
+    def __init__(self, source: int) -> None:
+        self.reading, self._writing = os.pipe2(os.O_CLOEXEC)
+        self._source = source
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            with open(self._writing, "wb") as out, open(os.dup(self._source), "rb") as stream:
+                head = stream.peek(len(_MAGIC[-1][0]))
+                found = next((name for magic, name in _MAGIC if head.startswith(magic)), "")
+                opened = __import__(found).open(stream) if found else stream
+                while chunk := opened.read(_READ_BYTES):
+                    out.write(chunk)
+        except BrokenPipeError:
+            pass  # nobody wants the rest, who says why
+        except Exception as error:  # of three libraries: zlib.error, LZMAError, EOFError, …
+            self._error = error
+
+    def close(self) -> None:
+        if self.reading >= 0:
+            os.close(self.reading)
+            self.reading = -1
+
+    def finish(self) -> None:
+        """Raises CopyFailed where it can't be opened, or ends too early.
+
+        Where the other side has ended before, the rest is never read, and the thread may be waiting for it.
+        """
+        self.close()
+        self._thread.join(_SAY_S)
+        if isinstance(self._error, EOFError):
+            raise CopyFailed("the archive ends too early") from self._error
+        if self._error is not None:
+            raise CopyFailed(f"the archive can't be read: {self._error}") from self._error
+
+
 @contextlib.contextmanager
-def _plain(source: int) -> Iterator[int]:
-    """A descriptor of an archive that may be compressed with gzip, bzip2 or xz."""
-    reading, writing = os.pipe2(os.O_CLOEXEC)
-
-    def pour() -> None:
-        with contextlib.suppress(Exception), open(writing, "wb") as out, open(os.dup(source), "rb") as stream:
-            head = stream.peek(len(_MAGIC[-1][0]))
-            found = next((name for magic, name in _MAGIC if head.startswith(magic)), "")
-            opened = __import__(found).open(stream) if found else stream
-            while chunk := opened.read(_READ_BYTES):
-                out.write(chunk)
-
-    thread = threading.Thread(target=pour, daemon=True)
-    thread.start()
+def _opened(source: int) -> Iterator[_Opening]:
+    opening = _Opening(source)
     try:
-        yield reading
+        yield opening
     finally:
-        os.close(reading)
+        opening.close()
 
 
 def _land(wanted: Wanted, reading: int, tell: Callable[[str], None]) -> None:

@@ -314,8 +314,9 @@ class Client:
         found: list[dict[str, Any]] = self._ask("images", {})["images"]
         return found
 
-    def rmi(self, image: str) -> None:
-        self._ask("rmi", {"image": image})
+    def rmi(self, image: str, *, force: bool = False) -> None:
+        """``force``: a digest with all its names."""
+        self._ask("rmi", {"image": image, "force": force})
 
     def pull(
         self,

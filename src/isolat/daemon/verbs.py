@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal as signals
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 
 from isolat import __version__
@@ -23,10 +24,13 @@ from isolat.engine import states
 from isolat.engine.engine import ExecRequest
 from isolat.engine.environment import Environment
 from isolat.engine.states import Verb
-from isolat.errors import UsageError
+from isolat.errors import Conflict, UsageError
 from isolat.images.bootstrap import bootstrap
+from isolat.images.reference import parse_name
 from isolat.layers.base import State
 from isolat.places.base import Io
+
+_NAMES_TOLD = 10
 
 
 def ping(call: Call) -> Answer:
@@ -279,8 +283,22 @@ def images(call: Call) -> Answer:
 
 
 def rmi(call: Call) -> Answer:
-    call.engine.remove_image(call.args.text("image"))
+    name, force = call.args.text("image"), call.args.flag("force")
+    image = call.engine.images.resolve(name)
+    if len(image.names) > 1 and not force and not _is_name(name, image.names):
+        raise Conflict(
+            f"image {name} has several names: {', '.join(image.names[:_NAMES_TOLD])}",
+            hint="remove them by name, or all of them with `isolat rmi -f`",
+        )
+    call.engine.remove_image(name)
     return {}
+
+
+def _is_name(text: str, names: Collection[str]) -> bool:
+    """Whether it is one of these names, and no digest."""
+    with contextlib.suppress(UsageError):
+        return parse_name(text) in names
+    return False
 
 
 def bootstrap_(call: Call) -> Answer:

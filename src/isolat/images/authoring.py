@@ -10,6 +10,7 @@ import datetime
 import hashlib
 import json
 import os
+import re
 import zlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from isolat.images.store import Build, ImageStore
 
 _LEVEL = 1  # a layer is read far more often from the flattened file than sent; 5 times as quick as zlib's default
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 _GZIP = 16 + zlib.MAX_WBITS
 
 
@@ -156,16 +158,21 @@ def _add(document: dict[str, Any], layers: list[Descriptor], layer: NewLayer | N
         document["rootfs"]["diff_ids"] = [*document["rootfs"]["diff_ids"], layer.diff_id]
     entry = {
         "created": step.created,
-        "created_by": step.created_by,
-        "author": step.author,
-        "comment": step.comment,
+        "created_by": _written(step.created_by),
+        "author": _written(step.author),
+        "comment": _written(step.comment),
         "empty_layer": layer is None,
     }
     document["history"] = [*(document.get("history") or []), {name: value for name, value in entry.items() if value}]
     if step.created:
         document["created"] = step.created
     if step.author:
-        document["author"] = step.author
+        document["author"] = _written(step.author)
+
+
+def _written(text: str) -> str:
+    """What can stand in a document: a command line need not be UTF-8, but its image's history is."""
+    return _SURROGATE.sub("\ufffd", text)
 
 
 class _Gzip:

@@ -14,6 +14,7 @@ from typing import Any
 
 from isolat.errors import UsageError
 
+_PORT_DIGITS = 5
 Inner = dict[str, Any]
 
 
@@ -29,6 +30,9 @@ def apply(inner: Inner, changes: Sequence[str]) -> Inner:
             )
         try:
             carry_out(changed, rest.strip())
+            json.dumps(changed, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"--change {text!r}: an image's defaults are UTF-8, and this is none") from None
         except ValueError as error:
             raise UsageError(f"--change {text!r}: {error}") from None
     return changed
@@ -88,11 +92,20 @@ def _set(name: str, read: Callable[[str], list[str]]) -> Callable[[Inner, str], 
 def _ports(rest: str) -> list[str]:
     found = []
     for word in rest.split():
-        number, slash, protocol = word.partition("/")
-        if not number.isdigit() or not 0 < int(number) < 65536 or (slash and protocol not in ("tcp", "udp", "sctp")):
-            raise ValueError(f"{word!r} is no PORT[/PROTOCOL]")
-        found.append(f"{number}/{protocol or 'tcp'}")
+        numbers, slash, protocol = word.partition("/")
+        first, dash, last = numbers.partition("-")
+        low, high = _port(first), _port(last) if dash else _port(first)
+        protocol = protocol.lower()
+        if not 0 < low <= high or (slash and protocol not in ("tcp", "udp", "sctp")):
+            raise ValueError(f"{word!r} is no PORT[-PORT][/PROTOCOL]")
+        found += [f"{number}/{protocol or 'tcp'}" for number in range(low, high + 1)]
     return found
+
+
+def _port(text: str) -> int:
+    """0 for what is none."""
+    number = int(text) if text.isascii() and text.isdigit() and len(text) <= _PORT_DIGITS else 0
+    return number if number < 1 << 16 else 0
 
 
 def _volumes(rest: str) -> list[str]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _WHAT = "the archive"
 _TELL_BYTES = 8 << 20
+_MARK = bytes(512)  # the end of an archive, of which there should be two
 
 
 def import_archive(
@@ -53,7 +54,7 @@ def import_archive(
 
 
 def _pour(more: More, out: BinaryIO, most: int, progress: Progress) -> None:
-    came = 0
+    came, tail = 0, b""
     try:
         while found := more():
             if (came + len(found)) // _TELL_BYTES > came // _TELL_BYTES:
@@ -62,6 +63,7 @@ def _pour(more: More, out: BinaryIO, most: int, progress: Progress) -> None:
             if came > most:
                 raise InvalidImage(f"{_WHAT} has more than {most} bytes", stage="too-large")
             out.write(found)
+            tail = found[-len(_MARK) :] if len(found) >= len(_MARK) else (tail + found)[-len(_MARK) :]
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -71,3 +73,10 @@ def _pour(more: More, out: BinaryIO, most: int, progress: Progress) -> None:
         ) from error  # fmt: skip
     if not came:
         raise InvalidImage(f"{_WHAT} is empty", stage="bad-archive")
+    if tail != _MARK:
+        # Between two files nothing else tells that the rest is missing
+        raise InvalidImage(
+            f"{_WHAT} ends without the mark that ends one: it is no tar archive, or its end is missing",
+            stage="truncated",
+            hint="make or fetch it again",
+        )

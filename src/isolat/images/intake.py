@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from isolat.deadline import NEVER, Deadline
-from isolat.errors import InvalidImage
+from isolat.errors import InvalidImage, NotFound
 from isolat.images.blobs import read_blob, verify_file
 from isolat.images.image import DEFAULT_PATH, ImageConfig
 from isolat.images.oci import (
@@ -26,6 +26,8 @@ from isolat.images.progress import Progress, no_progress
 
 if TYPE_CHECKING:
     from isolat.images.store import Build, ImageStore
+
+_OS = "linux"
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,12 @@ def prepare(
         raise InvalidImage("an index is no image: it names one for each platform", stage="bad-manifest")
     config = parse_config(read_blob(find(manifest.config.digest), manifest.config.digest, DOCUMENT_BYTES_MAX))
     check_together(manifest, config)
+    if config.platform.os not in ("", _OS):
+        raise NotFound(
+            f"the image is for {str(config.platform)[:100]}, and what runs here is Linux",
+            stage="no-platform",
+            hint="choose another with --platform, where there is one",
+        )
     digest = hexadecimal(manifest.config.digest)
     missing = [one for one in manifest.blobs if not store.blobs.has(one.digest)]
     there = tuple(one.digest for one in manifest.blobs if one not in missing)

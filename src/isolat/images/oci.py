@@ -20,6 +20,7 @@ from isolat.errors import InvalidImage, NotFound
 DOCUMENT_BYTES_MAX = 4 << 20  # distribution-spec: a registry must take manifests of 4 MiB
 LAYERS_MAX = 500
 BLOB_BYTES_MAX = 1 << 44
+_PLATFORMS_TOLD, _PLATFORM_CHARACTERS = 20, 50  # in an error: whoever made the index chose the words
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 INDEX = "application/vnd.oci.image.index.v1+json"
@@ -31,6 +32,7 @@ DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
 _DOCKER_CONFIG = "application/vnd.docker.container.image.v1+json"
 _MANIFESTS, _INDEXES = (MANIFEST, DOCKER_MANIFEST), (INDEX, DOCKER_LIST)
 _CONFIGS = (CONFIG, _DOCKER_CONFIG)
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "i686": "386", "armv7l": "arm"}  # uname(2) to Go
 
@@ -209,9 +211,12 @@ def choose(index: Index, wanted: Platform) -> Descriptor:
         if one.media_type in _MANIFESTS and one.platform is not None and one.platform.serves(wanted):
             return one
     there = sorted({str(one.platform) for one in index.manifests if one.platform and one.platform.os != "unknown"})
+    shown = [name[:_PLATFORM_CHARACTERS] for name in there[:_PLATFORMS_TOLD]]
+    if len(there) > len(shown):
+        shown.append(f"and {len(there) - len(shown)} more")
     raise NotFound(
         f"there is nothing for {wanted} in this image",
-        hint=f"it has: {', '.join(there) or 'nothing for any platform'}; choose with --platform",
+        hint=f"it has: {', '.join(shown) or 'nothing for any platform'}; choose with --platform",
     )
 
 
@@ -237,7 +242,10 @@ def _document(raw: bytes, what: str) -> dict[str, Any]:
             f"the {what} has {len(raw)} bytes, and at most {DOCUMENT_BYTES_MAX} are read", stage="too-large"
         )
     try:
-        data = json.loads(raw)
+        text = raw.decode()  # json itself would take UTF-16, and surrogates
+        data = json.loads(text)
+        if _SURROGATE.search(text):
+            json.dumps(data, ensure_ascii=False).encode()  # half a pair can be written nowhere again
     except (ValueError, RecursionError) as error:
         raise InvalidImage(f"the {what} is no JSON: {error}", stage=f"bad-{_slug(what)}") from None
     if not isinstance(data, dict):

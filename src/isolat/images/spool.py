@@ -45,7 +45,9 @@ class Spool:
 
     def __init__(self, directory: Path, limits: Limits | None = None) -> None:
         self._dir = directory
-        self._left = (limits or Limits()).total_bytes
+        limits = limits or Limits()
+        self._left = limits.total_bytes
+        self._xattr_bytes = limits.xattr_bytes  # members may have some, which nobody asks for
         self._members: dict[str, Member] = {}
         self._links: dict[str, str] = {}
         self._digests: dict[str, Member] = {}
@@ -53,7 +55,7 @@ class Spool:
 
     def take(self, more: More, progress: Progress = no_progress) -> None:
         """The whole archive, in one pass. Raises InvalidImage, StoreError where there is no room."""
-        bounds = Bounds(_ENTRIES_MAX, self._left, 0)
+        bounds = Bounds(_ENTRIES_MAX, self._left, self._xattr_bytes)
         came = 0
 
         def stretch() -> memoryview:

@@ -165,6 +165,24 @@ def test_what_is_here_keeps_its_form(store: ImageStore) -> None:
     assert image.manifest == manifest["digest"] and image.names == ("one:latest", "other:latest")
 
 
+def test_members_may_have_attributes(store: ImageStore) -> None:
+    archive = Archive()
+    for name, data in docker_members(LAYERS).items():
+        archive.add(name.encode(), data=data, xattrs={b"user.note": b"x" * 100})
+    assert load(store, archive.bytes())
+
+
+def test_an_image_without_a_layer(store: ImageStore) -> None:
+    ((image, _),) = load(store, tar(docker_members([], ["empty:1"])))
+    assert store.resolve("empty:1").digest == image.digest and store.manifest(image).layers == ()
+
+
+def test_one_for_another_system_is_refused(store: ImageStore) -> None:
+    with pytest.raises(NotFound, match="for windows/amd64") as caught:
+        load(store, tar(docker_members(LAYERS, os="windows")))
+    assert caught.value.stage == "no-platform"
+
+
 # What is wrong
 
 
@@ -451,6 +469,42 @@ def test_what_is_no_tree(store: ImageStore, data: bytes) -> None:
     with pytest.raises(InvalidImage):
         imported(store, data)
     assert store.list() == []
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress, bz2.compress, lzma.compress])
+def test_half_an_archive_is_no_archive(store: ImageStore, pack: Any) -> None:
+    """Whatever compresses it; its end may be missing by a file, by a frame's last bytes, or by the mark alone."""
+    archive = Archive()
+    for name in (b"one", b"two"):
+        archive.add(name, data=os.urandom(400_000))
+    whole = archive.bytes()
+    packed = pack(whole)
+    for cut in (packed[: len(packed) // 2], packed[:-1], pack(whole.rstrip(b"\0")), whole[: 512 + 400_384]):
+        with pytest.raises(InvalidImage) as caught:
+            imported(store, cut)
+        assert caught.value.stage == "truncated"
+    assert imported(store, packed).digest == imported(store, whole).digest
+
+
+def test_every_form_of_a_zstd_frame(store: ImageStore) -> None:
+    def pack(data: bytes, **options: Any) -> bytes:
+        return zstandard.ZstdCompressor(**options).compress(data)
+
+    data = LAYERS[0] + bytes(1 << 20)
+    skipped = b"\x50\x2a\x4d\x18\x03\0\0\0abc"
+    several = pack(data[:700], write_checksum=True) + skipped + pack(data[700:], write_content_size=False)
+    streamed = zstandard.ZstdCompressor(level=19).compressobj()
+    forms = [several, skipped + several, streamed.compress(data) + streamed.flush()]
+    assert len({imported(store, one).digest for one in forms}) == 1
+    for one in (several + skipped[:-1], several[:-1], several + b"\x28"):
+        with pytest.raises(InvalidImage) as caught:
+            imported(store, one)
+        assert caught.value.stage == "truncated"
+
+
+def test_history_is_text_whatever_was_typed(store: ImageStore) -> None:
+    image = imported(store, LAYERS[0], message="\udcff\ud800!")
+    assert describe.history(store, image)[0]["comment"] == "\ufffd\ufffd!"
 
 
 def test_a_change_is_checked_before_anything_is_read(store: ImageStore) -> None:

@@ -17,6 +17,7 @@ from isolat.images.changes import apply
         ("ENV A=1 B='two words'", {"Env": ["OLD=0", "A=1", "B=two words"]}),
         ("ENV OLD the rest of it", {"Env": ["OLD=the rest of it"]}),
         ("EXPOSE 80 53/udp", {"ExposedPorts": {"80/tcp": {}, "53/udp": {}}}),
+        ("EXPOSE 80-82 9-9/UDP", {"ExposedPorts": {"80/tcp": {}, "81/tcp": {}, "82/tcp": {}, "9/udp": {}}}),
         ("LABEL a=b", {"Labels": {"a": "b"}}),
         ("STOPSIGNAL SIGINT", {"StopSignal": "SIGINT"}),
         ("USER 1:2", {"User": "1:2"}),
@@ -38,7 +39,24 @@ def test_they_are_carried_out_in_order() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "RUN x", "CMD", "CMD [1]", 'CMD ["a"', "ENV", "ENV A=1 B", "EXPOSE 0", "EXPOSE x", "EXPOSE 1/foo", "USER"],
+    [
+        "",
+        "RUN x",
+        "CMD",
+        "CMD [1]",
+        'CMD ["a"',
+        "ENV",
+        "ENV A=1 B",
+        "EXPOSE 0",
+        "EXPOSE x",
+        "EXPOSE 1/foo",
+        "USER",
+        "EXPOSE 9-8",
+        "EXPOSE 1-",
+        "EXPOSE 1-65536",
+        "ENV A=\udcff",
+        'CMD ["\\ud800"]',
+    ],
 )
 def test_what_is_none_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="--change"):

@@ -34,6 +34,8 @@ def test_one_stage_stands_on_what_its_from_names() -> None:
         "# escape=`\nFROM `\n debian",
         'FROM "debian"',
         "FROM debian\r\nRUN true\r\n",
+        "FROM \\\r\n debian\r\n",
+        "FROM debian\nRUN a\x0cFROM other\x85FROM other\u2028FROM other\n",
     ],
 )
 def test_the_same_from_in_other_spellings(text: str) -> None:

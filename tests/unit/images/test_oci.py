@@ -77,6 +77,8 @@ def test_the_platform_is_chosen_from_an_index() -> None:
         (b"[]", "bad-manifest"),
         (b"\xff", "bad-manifest"),
         (b"[" * 100_000, "bad-manifest"),
+        ('{"a": "\ud800"}'.encode(errors="surrogatepass"), "bad-manifest"),
+        (manifest().decode().encode("utf-16"), "bad-manifest"),
         (b" " * (5 << 20), "too-large"),
         (manifest(schemaVersion=1), "bad-manifest"),
         (manifest(mediaType="text/plain"), "bad-manifest"),
@@ -119,6 +121,21 @@ def test_a_configuration_is_read_and_null_counts_as_nothing() -> None:
     assert found.diff_ids == (B,)
 
 
+def test_whole_pairs_of_surrogates_are_text() -> None:
+    assert oci.parse_config(config(author="\U0001f98a")).author == "\U0001f98a"
+    assert b"\\ud83e" in config(author="\U0001f98a")
+
+
+def test_what_an_index_names_makes_no_long_error() -> None:
+    one = {"mediaType": oci.MANIFEST, "digest": A, "size": 1}
+    many = [one | {"platform": {"os": "linux", "architecture": f"{at}{'x' * 1000}"}} for at in range(1000)]
+    found = oci.parse_manifest(raw({"schemaVersion": 2, "mediaType": oci.INDEX, "manifests": many}))
+    assert isinstance(found, Index)
+    with pytest.raises(NotFound) as caught:
+        oci.choose(found, Platform("linux", "amd64"))
+    assert len(caught.value.hint) < 2000 and "and 980 more" in caught.value.hint
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -133,6 +150,8 @@ def test_a_configuration_is_read_and_null_counts_as_nothing() -> None:
         {"config": {"Labels": {"a": 1}}},
         {"history": [1]},
         {"architecture": {}},
+        {"config": {"Env": ["A=\ud800"]}},
+        {"of nobody's knowledge": {"\udfff": 1}},
     ],
 )
 def test_a_malformed_configuration_has_a_named_error(changes: dict[str, object]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from pathlib import Path
@@ -56,6 +57,11 @@ def test_credentials_are_not_shown() -> None:
         ("pinging container registry a: dial tcp: lookup a: no such host", StoreError, "network"),
         ('choosing image: no image found in manifest list for architecture "a"', NotFound, "no-platform"),
         ("toomanyrequests: You have reached your pull rate limit", StoreError, "rate-limit"),
+        ("reading manifest denied: in a.example/signature-service: manifest unknown", NotFound, "not-found"),
+        ('Get "https://a/v2/signature-service/manifests/1": dial tcp: connection refused', StoreError, "network"),
+        ("pinging container registry signature: dial tcp: lookup signature on 1.1.1.1:53: no such host",
+         StoreError, "network"),
+        ("Requesting bearer token: a.example/checksum/denied:1: invalid status code", StoreError, "registry"),
         ("something that nobody has seen before", StoreError, "registry"),
     ],
 )  # fmt: skip
@@ -63,6 +69,13 @@ def test_what_skopeo_says(message: str, kind: type[IsolatError], stage: str) -> 
     error = skopeo.told(f'Error parsing image name "docker://x": {message}', "pulling x")
     assert (type(error), error.stage) == (kind, stage)
     assert error.message.startswith("pulling x: ") and "docker://x" not in error.message
+
+
+def test_addresses_are_told_without_their_secrets() -> None:
+    said = 'Get "https://me:pw@a.example/v2/x?X-Amz-Signature=0123&b": dial tcp: i/o timeout, see http://b/?token=1'
+    error = skopeo.told(said, "pulling x")
+    assert error.message == 'pulling x: Get "https://a.example/v2/x": dial tcp: i/o timeout, see http://b/'
+    assert error.stage == "network"
 
 
 def test_the_platform_for_skopeo() -> None:
@@ -267,6 +280,39 @@ def test_credentials_of_one_registry_are_found(tmp_path: Path, monkeypatch: pyte
     file.write_text(json.dumps({"credsStore": "../evil"}))
     with pytest.raises(UsageError, match="can't be the name"):
         auths.of("a.example")
+
+
+@pytest.mark.parametrize(
+    ("registry", "keys"),
+    [
+        ("docker.io", {"https://index.docker.io/v1/", "docker.io/team"}),
+        ("private.example", {"https://private.example", "http://private.example/v1/"}),
+        ("private.example:5000", {"private.example:5000"}),
+        ("other.example", set()),
+        ("https:", set()),
+    ],
+)
+def test_nobody_elses_credentials_are_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registry: str, keys: set[str]
+) -> None:
+    (tmp_path / "docker").mkdir()
+    (tmp_path / "auth.json").write_text(json.dumps({"auths": {"https://else.example/v1/": {"auth": "eA=="}}}))
+    names = (
+        *("https://index.docker.io/v1/", "docker.io/team", "https://private.example", "http://private.example/v1/"),
+        *("private.example:5000", "private.example.evil"),
+    )
+    known = {name: {"auth": "eQ=="} for name in names}
+    (tmp_path / "docker/config.json").write_text(json.dumps({"auths": known}))
+    monkeypatch.setattr(auths, "files", lambda: [tmp_path / "auth.json", tmp_path / "docker/config.json"])
+    assert set(auths.of(registry)) == keys
+
+
+def test_an_empty_place_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("REGISTRY_AUTH_FILE", raising=False)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "")
+    assert auths.default_file() == Path(f"/run/containers/{os.geteuid()}/auth.json")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/1")
+    assert auths.default_file() == Path("/run/user/1/containers/auth.json")
 
 
 def test_helpers_say_what_they_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -187,7 +187,8 @@ def _needed(stages: list[_Stage], index: int) -> set[int]:
 
 def _lines(text: str) -> list[_Line]:
     """The instructions: continued lines joined, comments and empty lines left out."""
-    raw = text.removeprefix("\ufeff").splitlines()
+    # As buildah (Go's bufio.ScanLines): a form feed, say, begins no line
+    raw = [line.removesuffix("\r") for line in text.removeprefix("\ufeff").split("\n")]
     escape = _escape(raw)
     continued = re.compile(re.escape(escape) + r"[ \t]*$")
     found: list[_Line] = []

@@ -95,9 +95,9 @@ def flatten(
     Raises InvalidImage (``stage`` says why in one word), StoreError where this machine is at fault (no room, no
     permission), Unsupported where it can't confine the processes, DeadlineExceeded.
     """
-    if not 0 < len(layers) <= LAYERS_MAX:
+    if len(layers) > LAYERS_MAX:
         raise InvalidImage(
-            f"an image of {len(layers)} layers; it must be 1 to {LAYERS_MAX}", stage="too-many-layers", hint=_HINT
+            f"an image of {len(layers)} layers; it must be at most {LAYERS_MAX}", stage="too-many-layers", hint=_HINT
         )
     with contextlib.ExitStack() as stack:
         blobs = [_open_blob(layer, stack) for layer in layers]

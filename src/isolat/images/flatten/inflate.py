@@ -18,7 +18,7 @@ from isolat.images.flatten.bad import Bad
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # what these import takes as long as all the rest
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator, Iterator
     from typing import Any, Protocol
 
     class _Opens(Protocol):
@@ -164,27 +164,96 @@ def members(make: Callable[[], _Opens], pieces: Iterator[bytes]) -> Iterator[byt
 
 
 class _Pieces:
-    """What zstandard reads from."""
+    """What zstandard reads from; ``whole``: what has been read ends with a frame."""
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self._pieces = pieces
         self._rest = b""
+        self._ends = _Ends()
 
     def read(self, size: int = -1) -> bytes:
-        found = self._rest or next(self._pieces, b"")
+        found = self._rest
+        if not found and (found := next(self._pieces, b"")):
+            self._ends.take(found)
         if 0 <= size < len(found):
             found, self._rest = found[:size], found[size:]
         else:
             self._rest = b""
         return found
 
+    @property
+    def whole(self) -> bool:
+        return not self._rest and self._ends.whole
+
+
+class _Ends:
+    """Where frames end, by their headers alone (RFC 8878, 3.1.1 and 3.1.2).
+
+    zstandard's reader says nothing of a last frame that is cut off, and its other ways to decompress have no bound.
+    """
+
+    def __init__(self) -> None:
+        self._steps = _steps()
+        self._head = b""
+        self._turn(next(self._steps))
+
+    def _turn(self, step: int) -> None:
+        self._wanted, self._passing, self.whole = (max(0, step), max(0, -step), step == _MAGIC_BYTES)
+
+    def take(self, data: bytes) -> None:
+        at = 0
+        while at < len(data):
+            if self._passing:
+                step = min(self._passing, len(data) - at)
+                self._passing -= step
+            else:
+                step = min(self._wanted - len(self._head), len(data) - at)
+                self._head += data[at : at + step]
+                self.whole = False
+            at += step
+            if not self._passing and len(self._head) == self._wanted:
+                head, self._head = self._head, b""
+                self._turn(self._steps.send(head))
+
+
+_MAGIC_BYTES = 4  # asked for between frames only: nothing else is as long
+_BLOCK_HEAD = 3
+_RLE = 1
+_KEY_BYTES, _SIZE_BYTES = (0, 1, 2, 4), (0, 2, 4, 8)
+
+
+def _steps() -> Generator[int, bytes, None]:
+    """What stands in frames, one after the other: how many bytes are wanted, or, negative, are passed over."""
+    while True:
+        magic = yield _MAGIC_BYTES
+        if magic[1:] == _ZSTD_SKIPPABLE:
+            low = yield 2
+            high = yield 2
+            yield from _over(int.from_bytes(low + high, "little"))
+            continue
+        if magic != _ZSTD:
+            raise Bad("bad-compression", "something that is no frame follows the zstd data")
+        (told,) = yield 1
+        single = told >> 5 & 1
+        sizes = _SIZE_BYTES[told >> 6] or single
+        yield from _over(1 - single + _KEY_BYTES[told & 3] + sizes)
+        last = 0
+        while not last:
+            block = int.from_bytes((yield _BLOCK_HEAD), "little")
+            last = block & 1
+            yield from _over(1 if block >> 1 & 3 == _RLE else block >> 3)
+        yield from _over(4 if told >> 2 & 1 else 0)
+
+
+def _over(size: int) -> Iterator[int]:
+    if size:
+        yield -size
+
 
 def _frames(make: Callable[[Any], Any], pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """Zstandard frames one after the other, skippable ones too (RFC 8878, 3.1).
-
-    A last frame that is cut off is not told from one that ends: the archive inside is then too short, its sum wrong.
-    """
-    reader = make(_Pieces(pieces))
+    """Zstandard frames one after the other, skippable ones too (RFC 8878, 3.1)."""
+    source = _Pieces(pieces)
+    reader = make(source)
     while True:
         try:
             found = reader.read(STRETCH)
@@ -193,8 +262,10 @@ def _frames(make: Callable[[Any], Any], pieces: Iterator[bytes]) -> Iterator[byt
         except Exception as error:
             raise Bad("bad-compression", f"the zstd data is damaged: {error}") from error
         if not found:
-            return
+            break
         yield found
+    if not source.whole:
+        raise Bad("truncated", "the compressed data ends too early")
 
 
 class Blob:

@@ -40,7 +40,7 @@ from isolat.images.registries.flights import Flight, Flights, Passenger
 from isolat.images.registries.proxy import Proxy
 from isolat.images.registries.skopeo import Access
 from isolat.images.registries.staging import Incoming, Kept
-from isolat.images.registries.watch import Watch
+from isolat.images.registries.watch import Abandoned, Watch
 from isolat.images.store import Build, ImageStore
 
 RESERVE_BYTES = 256 << 20  # of the disk, for others
@@ -232,6 +232,12 @@ class _Pull:
                 hint="leave --platform out",
             )
 
+    def _tell(self, text: str, done: int, total: int) -> None:
+        """Ends it, too, once nobody waits any more: it is called often enough while layers are flattened."""
+        self._flight.tell(text, done, total)
+        if self._flight.abandoned():
+            raise Abandoned(f"{self._watch.what}: nobody waits for it any more")
+
     def _take_in(self, build: Build, incoming: Incoming, top: str, manifest: Manifest) -> Image:
         reference = self._wanted.reference
         digests = [one.digest for one in manifest.blobs]
@@ -241,10 +247,10 @@ class _Pull:
                 incoming.path,
                 [reference.name] if reference.name and not reference.digest else [],
                 build=build,
-                progress=self._flight.tell,
+                progress=self._tell,
                 repo_digest=reference.with_digest(top).by_digest,
             )
-        except InvalidImage:
+        except (InvalidImage, NotFound):
             self._kept.forget(digests)  # else the same would be found again
             raise
         self._kept.forget(digests)

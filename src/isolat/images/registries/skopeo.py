@@ -212,6 +212,12 @@ def _last_words(said: str) -> str:
         return str(found[-1])
 
 
+# Who asks, and the query, in which registries have tokens and signatures of their own
+_SECRET = re.compile(r"""(\b[a-z]+://)(?:[^\s"'/@]*@)?([^\s"'?]*)(?:\?[^\s"']*)?""")
+# What somebody has chosen, and means nothing: addresses, hosts, repositories, tags ("denied", "signature-service")
+_NAMES = re.compile(r"(?<=manifest )\S+ in \S+|(?:container registry|lookup) \S+|\S*/\S*|\S*\w\.\w\S*")
+_TOLD_CHARACTERS = 2000
+
 # What containers/image and registries say (distribution-spec, error codes), and what it means here.
 _MEANINGS: tuple[tuple[re.Pattern[str], type[IsolatError], str, str], ...] = tuple(
     (re.compile(pattern, re.IGNORECASE), kind, stage, hint)
@@ -235,8 +241,9 @@ _MEANINGS: tuple[tuple[re.Pattern[str], type[IsolatError], str, str], ...] = tup
 
 def told(message: str, what: str) -> IsolatError:
     """What skopeo says as an error of the tree. Network and protocol of a registry are StoreError."""
-    message = _NAMING.sub("", message.strip())[:2000]
+    message = _SECRET.sub(r"\1\2", _NAMING.sub("", message.strip()))[:_TOLD_CHARACTERS]
+    meant = _NAMES.sub(" ", message)
     for pattern, kind, stage, hint in _MEANINGS:
-        if pattern.search(message):
+        if pattern.search(meant):
             return kind(f"{what}: {message}", stage=stage, hint=hint)
     return StoreError(f"{what}: {message}", stage="registry")
