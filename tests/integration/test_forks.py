@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -312,6 +313,45 @@ def test_a_child_has_children(template: Template) -> None:
                 assert other.count() >= count
             close(second)
     close(snapshot)
+
+
+def descriptors(pid: int) -> list[str]:
+    """What this process has open."""
+    return sorted(str(path.readlink()) for path in Path(f"/proc/{pid}/fd").iterdir())
+
+
+def test_qemu_keeps_nothing_of_the_copies_that_were_taken(template: Template, tmp_path: Path) -> None:
+    """Neither a descriptor of what a snapshot on disk is, nor any other one more than before."""
+    with parent(template) as guest:
+        before = descriptors(guest.running.pid)
+        for n in range(5):
+            kept = tmp_path / f"state-{n}"
+            with kept.open("wb+") as file:
+                delta = os.memfd_create("delta", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+                running = guest.running
+                seen: list[list[str]] = []
+                with watched(running, seen):
+                    captured = forks.capture(running.qmp, running.pid, template.inode, file.fileno(), delta, d())
+                os.close(delta)
+            assert kept.stat().st_size == captured.state_bytes > 0
+            assert seen, "nothing was looked at while the machine stood still"
+            assert not any(str(kept) in names for names in seen), "QEMU could write to the snapshot's own file"
+        assert descriptors(guest.running.pid) == before
+
+
+@contextlib.contextmanager
+def watched(running: Running, seen: list[list[str]]) -> Iterator[None]:
+    """What it has open after everything that it is asked."""
+    execute = running.qmp.execute
+
+    def asked(*args: Any) -> Any:
+        answer = execute(*args)
+        seen.append(descriptors(running.pid))
+        return answer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running.qmp, "execute", asked)
+        yield
 
 
 def test_it_works_for_a_machine_without_rights(template: Template, tmp_path: Path) -> None:
