@@ -211,7 +211,12 @@ def _command_fields(cmd: Command) -> Fields:
     fields += [(k.T_CGROUP, path) for path in cmd.cgroup_files]
     fields += [(k.T_HELD, name) for name in cmd.held]
     fields += [(k.T_INVERSE, os.fsencode(arg)) for arg in cmd.after]
-    numbers = ((k.T_SPACES, cmd.spaces), (k.T_PARK, round(cmd.park_s * 1000)), (k.T_GRACE, round(cmd.grace_s * 1000)))
+    numbers = (
+        (k.T_SPACES, cmd.spaces),
+        (k.T_SIZE, cmd.file_bytes),
+        (k.T_PARK, round(cmd.park_s * 1000)),
+        (k.T_GRACE, round(cmd.grace_s * 1000)),
+    )
     fields += [(tag, number) for tag, number in numbers if number]
     for tag, value in ((k.T_CWD, cmd.cwd), (k.T_USER, cmd.user), (k.T_ROOT, cmd.root), (k.T_PIDFILE, cmd.pidfile)):
         if value:
@@ -228,6 +233,7 @@ def _io_fields(cmd: Command, io: Io) -> Fields:
         | (k.F_CONTROL if cmd.control else 0)
         | (k.F_LAUNCHER if cmd.pidfile else 0)
         | (k.F_SERIAL if cmd.serial else 0)
+        | (k.F_CONFINED if cmd.confined else 0)
         | (k.F_APART if io.home else 0)
         | (k.F_BESIDE if io.beside else 0)
     )
