@@ -192,7 +192,8 @@ class Place(Protocol):
 
     def put(self, path: str, source: int, d: Deadline, mode: int = 0o644) -> None: ...
 
-    def get(self, path: str, target: int, d: Deadline) -> None: ...
+    def get(self, path: str, target: int, most_bytes: int, d: Deadline) -> None:
+        """The file's first ``most_bytes``, written to ``target``. Raises ProtocolError for more than was asked for."""
 
     def inside(self, key: str, facts: Facts) -> Place:
         """The place that the process ``key`` (spawned with ``control``) is."""

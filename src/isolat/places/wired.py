@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from isolat.checkpoint import checkpoint, counting
 from isolat.deadline import Deadline
-from isolat.errors import IsolatError, NotFound
+from isolat.errors import IsolatError, NotFound, ProtocolError
 from isolat.places.base import Command, Exit, Facts, Identity, Io, Place, Proc
 from isolat.places.link import Asked, Link, exit_of
 from isolat.places.steps import Idmap, Step
@@ -171,11 +171,14 @@ class WiredPlace:
             if not data:
                 return
 
-    def get(self, path: str, target: int, d: Deadline) -> None:
+    def get(self, path: str, target: int, most_bytes: int, d: Deadline) -> None:
         link, offset = self._link(d), 0
-        while True:
-            fields: Fields = [(k.T_PATH, path), (k.T_OFFSET, offset), (k.T_COUNT, _CHUNK_BYTES)]
+        while offset < most_bytes:
+            count = min(_CHUNK_BYTES, most_bytes - offset)
+            fields: Fields = [(k.T_PATH, path), (k.T_OFFSET, offset), (k.T_COUNT, count)]
             data = link.request(k.READ, [*fields, *self._here()], d)[0].bytes(k.T_DATA)
+            if len(data) > count:
+                raise ProtocolError(f"{len(data)} bytes of {path} came where {count} were asked for", stage="read")
             if not data:
                 return
             offset += len(data)
