@@ -26,7 +26,7 @@ import errno
 import fcntl
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from isolat.deadline import Deadline
@@ -38,6 +38,7 @@ _CONT_S = 10.0  # to let the parent go on when the deadline has passed
 _STATE_BYTES_MAX = 64 << 20
 _FICLONE = 0x40049409  # ioctl_ficlone(2)
 _COPY_BYTES = 32 << 20
+_BLOCK_BYTES = 512  # of stat(2), whatever the file system's are
 _PUNCH_HOLE = 0x1 | 0x2  # fallocate(2): FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 _F_ADD_SEALS = 1033
 SEALED = 0x2 | 0x4 | 0x8  # fcntl(2): F_SEAL_SHRINK, _GROW, _WRITE
@@ -70,28 +71,49 @@ class Restored:
 
 
 def capture(
-    qmp: Qmp, pid: int, ram: memory.Inode, state: int, delta: int, d: Deadline, *, disks: Sequence[DiskCopy] = ()
+    qmp: Qmp,
+    pid: int,
+    ram: memory.Inode,
+    state: int,
+    delta: int,
+    d: Deadline,
+    *,
+    disks: Sequence[DiskCopy] = (),
+    room: Callable[[int, int, int], None] | None = None,
 ) -> Captured:
     """Take a snapshot of a machine that runs or is paused; it goes on as it was, also when this fails.
 
     ``pid`` is QEMU's, ``ram`` the template's memory; ``state`` and ``delta`` are empty files, which QEMU gets no
     descriptor of (memfds: sealed in the end if they allow it). Raises IllegalState for a machine that has not begun or
     has crashed, Lost when it ends meanwhile, StartFailed, DeadlineExceeded.
+
+    ``room`` is asked before anything is copied, and again where the guest has written more meanwhile: how many bytes of
+    memory are to be copied next, how many those are altogether, and what the copies of disks will take. What it raises
+    ends the attempt.
     """
     runs_on = _runs(dialogue.status(qmp, d))
     mapping = memory.guest_ram(pid, ram)
     begun = time.monotonic()
+
+    def own(copied: list[memory.Run], disk_bytes: int = 0) -> list[memory.Run]:
+        """All that is the machine's own now or was when it was copied."""
+        runs = memory.joined(copied, memory.private_pages(pid, mapping))
+        if room is not None:
+            room(memory.total(runs) - memory.total(copied), memory.total(runs), disk_bytes)
+        return runs
+
+    own([], sum(_lacking(disk) for disk in disks))
     for disk in disks:
         copy_disk(disk.source, disk.target, d)  # of no use but to the second time
     with memory.filling(pid, mapping, delta) as fill:
-        before = memory.private_pages(pid, mapping)
+        before = own([])
         fill(before, d)
         ahead = time.monotonic() - begun
         with _state_file(qmp, d) as (path, written), _standing_still(qmp, runs_on, d) as clock:
             # Not ``live``: else it would give up its disks, as for a machine that moves away.
             qmp.execute("xen-save-devices-state", {"filename": path, "live": False}, d)
             _keep_state(written, state)
-            runs = memory.joined(before, memory.private_pages(pid, mapping))
+            runs = own(before)
             fill(runs, d)
             for disk in disks:
                 copy_disk(disk.source, disk.target, d)
@@ -124,15 +146,29 @@ def copy_disk(source: int, target: int, d: Deadline) -> None:
     data is copied, extent by extent; over an earlier copy that takes half of the time.
     """
     d.check("copying a disk")
-    try:
-        os.ftruncate(target, os.fstat(source).st_size)  # FICLONE makes a file longer and never shorter
+    with _disk_errors():
         if not _clone(source, target):
             _copy_data(source, target, d)
+
+
+@contextlib.contextmanager
+def _disk_errors() -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise StartFailed(f"copying a disk: {error.strerror}", stage=_STAGE, errno=error.errno or 0) from error
 
 
+def _lacking(disk: DiskCopy) -> int:
+    """How many bytes its copy will take of the file system: none where it shares its blocks."""
+    with _disk_errors():
+        if _clone(disk.source, disk.target):
+            return 0
+        return max(0, os.fstat(disk.source).st_blocks - os.fstat(disk.target).st_blocks) * _BLOCK_BYTES
+
+
 def _clone(source: int, target: int) -> bool:
+    os.ftruncate(target, os.fstat(source).st_size)  # FICLONE makes a file longer and never shorter
     try:
         fcntl.ioctl(target, _FICLONE, source)
     except OSError as error:
