@@ -162,6 +162,7 @@ int main(int argc, char **argv)
     take_lock();
     prctl(PR_SET_CHILD_SUBREAPER, 1);
     spawn_resets_oom = write_file("/proc/self/oom_score_adj", "-500");
+    spawn_hides_keys = true;
     int controller = first_controller();
     node_open();
     log_open(o.log_bytes, o.log_files);

@@ -152,6 +152,8 @@ static bool spawn_local(Proc *p, Frame *f, Failure *failure)
     c.orphan_dies = p->serial || !(p->flags & (F_LAUNCHER | F_CONTROL));
     c.spaces = (int)field_int(f->body, T_SPACES, 0) & SPACES;
     c.many_descriptors = p->flags & F_BESIDE;
+    c.confined = p->flags & F_CONFINED;
+    c.file_bytes = field_int(f->body, T_SIZE, 0);
     if (!own_users(f, &c, failure))
         return false;
     if (!held_into(f, &c, failure)) {

@@ -27,6 +27,7 @@
 #define CLOSE_RANGE_SETS_CLOEXEC 4
 /* clone3(2), which musl's headers lack */
 #define NR_CLONE3 435
+#define JOIN_SESSION_KEYRING 1 /* keyctl(2) */
 #define INTO_CGROUP 0x200000000ull
 struct birth {
     uint64_t flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls, set_tid, set_tid_size, cgroup;
@@ -34,7 +35,7 @@ struct birth {
 
 enum { OWN_FDS = 64 }; /* in the child: above all that it is to have */
 
-bool spawn_resets_oom;
+bool spawn_resets_oom, spawn_hides_keys;
 
 void failure_set(Failure *f, const char *stage, int error, int code, const char *format, ...)
 {
@@ -239,6 +240,21 @@ static bool is_orphan(const Command *c, pid_t parent, int report)
     return c->spaces & CLONE_NEWPID ? poll(&reader, 1, 0) != 0 : getppid() != parent;
 }
 
+/* Last, for from then on it is the guest's as far as we care: what it may write, ask the kernel for, and gain. */
+static bool confine(const Command *c, Failure *f)
+{
+    struct rlimit most = {(rlim_t)c->file_bytes, (rlim_t)c->file_bytes};
+    if (c->file_bytes > 0 && setrlimit(RLIMIT_FSIZE, &most))
+        failure_set(f, "spawn", errno, 0, "the size of files: %s", strerror(errno));
+    else if ((c->spaces || c->confined) && prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+        failure_set(f, "spawn", errno, 0, "no_new_privs: %s", strerror(errno));
+    else if (c->confined && !filter_install())
+        failure_set(f, "filter", errno, 0, "the system call filter: %s", strerror(errno));
+    else
+        return true;
+    return false;
+}
+
 static void child(const Command *c, pid_t parent, bool grouped, int report, Failure *f)
 {
     User u;
@@ -247,6 +263,8 @@ static void child(const Command *c, pid_t parent, bool grouped, int report, Fail
     child_reset();
     if (c->lowest_priority)
         syscall(SYS_sched_setscheduler, 0, SCHED_IDLE, &(struct sched_param){0}); /* musl's does nothing */
+    if (spawn_hides_keys)
+        syscall(SYS_keyctl, JOIN_SESSION_KEYRING, NULL); /* else whatever the daemon was started with could be read */
     if (spawn_resets_oom)
         write_file("/proc/self/oom_score_adj", "0");
     if (!place_fds(c))
@@ -257,8 +275,8 @@ static void child(const Command *c, pid_t parent, bool grouped, int report, Fail
         allow_descriptors();
     if (!enter_place(c, grouped, f) || (c->own_users && !join_users(users, f)) || !become(c, &u, f))
         return;
-    if (c->spaces && prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
-        return failure_set(f, "spawn", errno, 0, "no_new_privs: %s", strerror(errno));
+    if (!confine(c, f))
+        return;
     /* after setuid, which clears it; the parent may have died before */
     if (c->orphan_dies && (prctl(PR_SET_PDEATHSIG, SIGKILL), is_orphan(c, parent, report)))
         _exit(70);

@@ -14,6 +14,8 @@ typedef struct {
     int spaces;            /* CLONE_NEW* of the namespaces that it starts in */
     bool own_users;        /* it is root of the user namespace `users`, and USER is none of it */
     bool many_descriptors; /* it may have as many as we may allow */
+    bool confined;         /* behind a system call filter (filter.c) */
+    int64_t file_bytes;    /* no file that it writes becomes larger; 0: no limit */
     int users;
     int fds[CHILD_FDS];    /* stdin, stdout, stderr, the control channel, what is held; -1: /dev/null, or none */
 } Command;
@@ -32,5 +34,7 @@ pid_t spawn(const Command *c, int *result); /* result: a descriptor with a Failu
 void exec_command(char **argv, char **env, Failure *f); /* returns only when it failed */
 void child_reset(void); /* signals as a program expects them */
 extern bool spawn_resets_oom;
+extern bool spawn_hides_keys; /* children have a session keyring of their own, with nothing in it */
+bool filter_install(void); /* for good; what has no_new_privs may */
 
 #endif

@@ -10,11 +10,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from isolat.deadline import Deadline
-from isolat.errors import DeadlineExceeded, IllegalState, IsolatError, Lost, StartFailed
+from isolat.errors import DeadlineExceeded, IllegalState, IsolatError, Lost, Refused, StartFailed
 from isolat.guest import blank
 from isolat.linux import mounts
 from isolat.qemu import dialogue, features, forks, jail, memory
@@ -312,6 +313,90 @@ def test_a_child_has_children(template: Template) -> None:
                 assert other.count() >= count
             close(second)
     close(snapshot)
+
+
+def descriptors(pid: int) -> list[str]:
+    """What this process has open."""
+    return sorted(str(path.readlink()) for path in Path(f"/proc/{pid}/fd").iterdir())
+
+
+def test_qemu_keeps_nothing_of_the_copies_that_were_taken(template: Template, tmp_path: Path) -> None:
+    """Neither a descriptor of what a snapshot on disk is, nor any other one more than before."""
+    with parent(template) as guest:
+        before = descriptors(guest.running.pid)
+        for n in range(5):
+            kept = tmp_path / f"state-{n}"
+            with kept.open("wb+") as file:
+                delta = os.memfd_create("delta", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+                running = guest.running
+                seen: list[list[str]] = []
+                with watched(running, seen):
+                    captured = forks.capture(running.qmp, running.pid, template.inode, file.fileno(), delta, d())
+                os.close(delta)
+            assert kept.stat().st_size == captured.state_bytes > 0
+            assert seen, "nothing was looked at while the machine stood still"
+            assert not any(str(kept) in names for names in seen), "QEMU could write to the snapshot's own file"
+        assert descriptors(guest.running.pid) == before
+
+
+def test_where_there_is_no_room_nothing_is_copied(template: Template, tmp_path: Path) -> None:
+    """It is asked for before, and told how much: the machine's own pages are counted without being read."""
+    asked: list[tuple[int, int, int]] = []
+
+    def none(*wanted: int) -> None:
+        asked.append((wanted[0], wanted[1], wanted[2]))
+        raise Refused("there is no room")
+
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(range(256)) * 4096)
+    with parent(template) as guest, disk.open("rb") as source, (tmp_path / "copy").open("wb") as target:
+        guest.run(2, f"head -c {20 << 20} /dev/urandom >/tmp/big")
+        state, delta = (os.memfd_create(name, os.MFD_CLOEXEC) for name in ("state", "delta"))
+        disks, running = (forks.DiskCopy(source.fileno(), target.fileno()),), guest.running
+        with pytest.raises(Refused):
+            forks.capture(running.qmp, running.pid, template.inode, state, delta, d(), disks=disks, room=none)
+        (now, altogether, of_disk), *more = asked
+        assert not more
+        assert now == altogether >= 20 << 20
+        assert of_disk in (0, disk.stat().st_blocks * 512)  # 0: the file system shares its blocks
+        assert os.fstat(state).st_blocks == os.fstat(delta).st_blocks == 0
+        assert of_disk == 0 or not os.fstat(target.fileno()).st_blocks
+        until_it_counts(guest, guest.count() + 3)
+        os.close(state)
+        os.close(delta)
+
+
+def test_what_the_guest_writes_meanwhile_is_asked_for_too(template: Template) -> None:
+    asked: list[tuple[int, int, int]] = []
+    with parent(template) as guest:
+        state, delta = (os.memfd_create(name, os.MFD_CLOEXEC) for name in ("state", "delta"))
+
+        def room(*wanted: int) -> None:
+            asked.append((wanted[0], wanted[1], wanted[2]))
+            if len(asked) == 2:  # the first copy is about to be made
+                guest.run(2, f"head -c {8 << 20} /dev/urandom >/tmp/big")
+
+        running = guest.running
+        captured = forks.capture(running.qmp, running.pid, template.inode, state, delta, d(), room=room)
+        assert asked[-1][0] >= 8 << 20
+        assert asked[-1][1] == captured.own_bytes
+        os.close(state)
+        os.close(delta)
+
+
+@contextlib.contextmanager
+def watched(running: Running, seen: list[list[str]]) -> Iterator[None]:
+    """What it has open after everything that it is asked."""
+    execute = running.qmp.execute
+
+    def asked(*args: Any) -> Any:
+        answer = execute(*args)
+        seen.append(descriptors(running.pid))
+        return answer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running.qmp, "execute", asked)
+        yield
 
 
 def test_it_works_for_a_machine_without_rights(template: Template, tmp_path: Path) -> None:

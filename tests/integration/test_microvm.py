@@ -369,6 +369,7 @@ def test_qemu_has_no_privileges_no_files_and_no_company(root: Root) -> None:
     assert known["Groups"] == ""
     assert [known[name].strip("0") for name in ("CapInh", "CapPrm", "CapEff", "CapAmb")] == [""] * 4
     assert (known["NoNewPrivs"], known["Seccomp"]) == ("1", "2")
+    assert known["Seccomp_filters"] == "2", "the keeper's and QEMU's own"
     for kind in ("mnt", "pid", "net", "ipc", "uts"):
         assert link(pid, f"ns/{kind}") != link("self", f"ns/{kind}"), kind
     assert link(pid, "root") == f"{root.path}/mounts/jail"
@@ -383,6 +384,13 @@ def test_qemu_has_only_the_descriptors_that_it_was_given(root: Root) -> None:
     files = {link for link in links if link.startswith("/") and not link.startswith(("/memfd:", "/dev/null"))}
     image = root.ask("inspect", {"env": id})["digest"]
     assert all(image[:12] in link or link.endswith("/disk.img") for link in files), files
+
+
+def test_qemu_can_make_no_file_larger_than_its_disk(root: Root) -> None:
+    id = root.run_detached(spec("sleep", "600", storage_opt={"size": "96m"}))
+    line = next(line for line in Path(f"/proc/{qemu(root, id)}/limits").read_text().splitlines() if "file size" in line)
+    assert line.split()[3:5] == [str(96 * MIB)] * 2
+    _exec(root, id, "head -c 60000000 /dev/zero >/big && sync")
 
 
 def test_inside_there_is_no_trace_of_the_host(root: Root) -> None:

@@ -27,7 +27,7 @@ from isolat.engine.journal import log, log_defect
 from isolat.engine.paths import DEFAULT_ROOT, StateRoot
 from isolat.engine.warm import DEFAULT_MOST as WARM_DEFAULT
 from isolat.errors import Conflict, DaemonUnavailable, InternalError, IsolatError, Refused, UsageError
-from isolat.linux import mounts
+from isolat.linux import confine, mounts
 
 IDLE_S = 600.0
 _SWITCH_S = 0.0005
@@ -74,6 +74,7 @@ def serve(root: Path, idle_s: float, ready_fd: int) -> None:
     if os.geteuid() != 0:
         raise Refused("the daemon needs root for now", hint="start it with sudo, or use the service")
     os.umask(0o022)
+    confine.leave_keys()  # before there are threads: each has its own
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # one for each environment; the usual 1024 end soon
     paths = StateRoot(root)

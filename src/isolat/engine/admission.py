@@ -26,6 +26,28 @@ def memory_available_bytes() -> int:
     return 0
 
 
+def disk_available_bytes(file: int | Path) -> int:
+    """Of the file system that this file is on."""
+    stat = os.statvfs(file)
+    return stat.f_bavail * stat.f_frsize
+
+
+def check_memory(wanted_bytes: int, who: str, hint: str) -> None:
+    """Raise Refused where this is not free beside the reserve."""
+    _check_free(wanted_bytes, memory_available_bytes() - MEMORY_RESERVE_BYTES, who, "memory", hint)
+
+
+def check_disk(wanted_bytes: int, file: int | Path, who: str, hint: str) -> None:
+    """The same for the file system that this file is on."""
+    _check_free(wanted_bytes, disk_available_bytes(file) - DISK_RESERVE_BYTES, who, "disk", hint)
+
+
+def _check_free(wanted_bytes: int, free_bytes: int, who: str, what: str, hint: str) -> None:
+    if wanted_bytes > free_bytes:
+        free = f"{max(0, free_bytes) >> 20} MiB are free"
+        raise Refused(f"{who} would take {wanted_bytes >> 20} MiB of {what}, and {free}", hint=hint)
+
+
 def check(spec: Spec, memory_total_bytes: int, cpus: int, store: Path) -> None:
     """Raise Refused, with the numbers, when this machine should not take this environment now."""
     if spec.memory_bytes > memory_total_bytes:
@@ -42,10 +64,10 @@ def check(spec: Spec, memory_total_bytes: int, cpus: int, store: Path) -> None:
             f"only {free >> 20} MiB of memory are free; below {MEMORY_RESERVE_BYTES >> 20} MiB nothing is started",
             hint="stop an environment, or end something else",
         )
-    stat = os.statvfs(store)
-    if stat.f_bavail * stat.f_frsize < DISK_RESERVE_BYTES:
+    disk = disk_available_bytes(store)
+    if disk < DISK_RESERVE_BYTES:
         raise Refused(
-            f"only {stat.f_bavail * stat.f_frsize >> 20} MiB of disk are free in {store}",
+            f"only {disk >> 20} MiB of disk are free in {store}",
             hint="remove environments with `isolat rm`, or images with `isolat rmi`",
         )
 

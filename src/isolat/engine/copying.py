@@ -29,14 +29,14 @@ from isolat.engine.hosting import Hosting
 from isolat.engine.journal import log
 from isolat.engine.keepers import Keepers
 from isolat.engine.maker import START_S, Caller, Maker
-from isolat.engine.snapshots import DISK, STATE, Snapshot, Snapshots, load_memory
+from isolat.engine.snapshots import DISK, STATE, Snapshot, Snapshots, allocated_bytes, load_memory
 from isolat.engine.starting import adopt
 from isolat.engine.states import Verb
 from isolat.engine.supervisor import OPERATION_WAIT_S, Supervisor
 from isolat.engine.table import Table
-from isolat.errors import IllegalState, IsolatError, NotFound, Refused, Unsupported, UsageError
+from isolat.errors import IllegalState, IsolatError, NotFound, Unsupported, UsageError
 from isolat.layers import registry
-from isolat.layers.base import CanSnapshot, Copied, Copy, Frame, State
+from isolat.layers.base import CanSnapshot, Copied, Copy, Frame, Room, State
 from isolat.places.base import Facts, Io, Place, Starting
 from isolat.places.wired import WiredPlace
 from isolat.qemu import forks
@@ -46,6 +46,8 @@ from isolat.spec.parse import parse
 CHILDREN_MOST = 100
 _MARK = "copying"
 _GO_ON_S = 10.0
+_CHILDREN = ("the children", "make fewer of them, or fork before so much is written")
+_SNAPSHOT = ("the snapshot", "stop or remove an environment, or take it before so much is written")
 _OWN = ("ram", "state")  # held descriptors that are not what the plan says
 
 
@@ -95,11 +97,11 @@ class Copying:
             for _ in range(count):
                 made.append(self._prepare(env.handle, layer, frame, name, {}, caller, open_, d))
                 checkpoint()
-            copy = self._copy_in_memory(env, made[0].disk, open_, d)
+            copy = self._copy_in_memory(env, made[0].disk, open_, d, room=_for_children(count, made[0].disk))
             begun = self._begin(made[0], layer, copy)  # its QEMU starts while the copy is made
             with env.hosting, env.operation("being copied", Deadline(OPERATION_WAIT_S)):
                 copied = self._take(env, layer, copy, d)
-            _check_memory(count * copied.own_bytes)
+            admission.check_memory(count * copied.own_bytes, *_CHILDREN)
             for child in made[1:]:
                 forks.copy_disk(made[0].disk, child.disk, Deadline(START_S))
             for child, following in zip(made, (*made[1:], None), strict=True):
@@ -116,6 +118,7 @@ class Copying:
         with self._snapshots.making(name, env.handle) as files, ExitStack() as open_:
             with env.hosting, env.operation("being copied", Deadline(OPERATION_WAIT_S)):
                 copy = replace(self._copy_in_memory(env, files.disk, open_, d), state=files.state)
+                copy = replace(copy, room=_for_snapshot(copy))
                 copied = self._take(env, layer, copy, d)
             checkpoint()
             files.keep_memory(copy, d)
@@ -177,11 +180,13 @@ class Copying:
                 hint="remove them with `isolat rm`, or copy it before they are put in",
             )
 
-    def _copy_in_memory(self, env: Environment, disk: int, open_: ExitStack, d: Deadline) -> Copy:
+    def _copy_in_memory(
+        self, env: Environment, disk: int, open_: ExitStack, d: Deadline, room: Room | None = None
+    ) -> Copy:
         ram = WiredPlace(env.live_link, self._facts).fetch("ram", d)
         open_.callback(os.close, ram)
         state, delta = (_memory(name, open_) for name in ("state", "delta"))
-        return Copy(state=state, delta=delta, disk=disk, ram=ram)
+        return Copy(state=state, delta=delta, disk=disk, ram=ram, room=room)
 
     def _take(self, env: Environment, layer: CanSnapshot, copy: Copy, d: Deadline) -> Copied:
         if env.state != State.RUNNING:
@@ -316,14 +321,25 @@ class Copying:
             raise
 
 
-def _check_memory(wanted_bytes: int) -> None:
-    """What children have of their own is theirs from the beginning."""
-    free = admission.memory_available_bytes() - admission.MEMORY_RESERVE_BYTES
-    if wanted_bytes > free:
-        raise Refused(
-            f"the children would take {wanted_bytes >> 20} MiB of memory, and {max(0, free) >> 20} MiB are free",
-            hint="make fewer of them, or fork before so much is written",
-        )
+def _for_children(count: int, disk: int) -> Room:
+    """What children have of their own is theirs from the beginning; and we have the copy, until all have begun."""
+
+    def room(next_bytes: int, all_bytes: int, disk_bytes: int) -> None:
+        admission.check_memory(next_bytes + count * all_bytes, *_CHILDREN)
+        if disk_bytes:
+            admission.check_disk(count * disk_bytes, disk, *_CHILDREN)
+
+    return room
+
+
+def _for_snapshot(copy: Copy) -> Room:
+    """Its memory is here first and then, with the part that the machine never changed, on the disk."""
+
+    def room(next_bytes: int, all_bytes: int, disk_bytes: int) -> None:
+        admission.check_memory(next_bytes, *_SNAPSHOT)
+        admission.check_disk(all_bytes + allocated_bytes(copy.ram) + disk_bytes, copy.disk, *_SNAPSHOT)
+
+    return room
 
 
 def _of_base(frame: Frame, base: str) -> Frame:

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from isolat.deadline import Deadline
+from isolat.engine import admission
 from isolat.engine.handle import Handle, handle_from_json
 from isolat.engine.journal import log
 from isolat.engine.names import new_id
@@ -209,11 +210,17 @@ class Unfinished:
         _sync(self._directory)
 
 
+def allocated_bytes(fd: int) -> int:
+    """Without holes."""
+    return os.fstat(fd).st_blocks * 512
+
+
 def load_memory(snapshot: Snapshot, d: Deadline) -> int:
     """A new descriptor of the memory, sealed: machines map it as they map a template's."""
     source = snapshot.open(MEMORY)
     target = -1
     try:
+        admission.check_memory(allocated_bytes(source), f"the memory of {snapshot.name}", "stop an environment first")
         target = os.memfd_create("ram", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
         forks.copy_disk(source, target, d)
         fcntl.fcntl(target, fcntl.F_ADD_SEALS, forks.SEALED)

@@ -25,6 +25,7 @@ from isolat.places.wired import WiredPlace
 _LOOK_S = 10.0
 _KILL_S = 10.0
 _REVERT_S = 60.0
+_TEXT_BYTES = 64 << 10  # of a control group's file; whoever runs the guest's kernel may say any number of them
 
 
 def place_of(env: Environment, facts: Facts) -> Place | None:
@@ -92,10 +93,11 @@ def oom(env: Environment, facts: Facts) -> bool:
 
 
 def _text(place: Place, path: str) -> str | None:
+    """What the guest says is in this file, as much of it as we have room for."""
     fd = os.memfd_create("text", os.MFD_CLOEXEC)
     try:
-        place.get(path, fd, Deadline(_LOOK_S))
-        return os.pread(fd, 1 << 16, 0).decode("ascii", "replace")
+        place.get(path, fd, _TEXT_BYTES, Deadline(_LOOK_S))
+        return os.pread(fd, _TEXT_BYTES, 0).decode("ascii", "replace")
     except (IsolatError, OSError):
         return None
     finally:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -316,6 +316,10 @@ class CanEnter(Protocol):
     def inside(self, frame: Frame, place: Place) -> Place: ...
 
 
+Room = Callable[[int, int, int], None]
+"""Raises Refused where there is none: for so many bytes of memory next, and altogether, and for its disk's copy."""
+
+
 @dataclass(frozen=True)
 class Copy:
     """Where a copy of a running machine goes: empty files of the engine's, open for reading and writing."""
@@ -325,6 +329,7 @@ class Copy:
     disk: int
 
     ram: int = -1  # only to be read: the memory that the machine began with
+    room: Room | None = None  # asked before anything is copied
 
 
 @dataclass(frozen=True)

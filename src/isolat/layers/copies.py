@@ -74,7 +74,7 @@ def take(place: Place, to: Copy, d: Deadline) -> Copied:
     with _disk(place, d) as disk, machine.monitor(place, d) as qmp, _silence(inside, d):
         mark("machine-silent")
         disks = (forks.DiskCopy(disk, to.disk),)
-        found = forks.capture(qmp, pid, memory.Inode.of(to.ram), to.state, to.delta, d, disks=disks)
+        found = forks.capture(qmp, pid, memory.Inode.of(to.ram), to.state, to.delta, d, disks=disks, room=to.room)
     mark("machine-copied")
     return Copied(found.stopped_ms, found.own_bytes)
 

@@ -16,6 +16,7 @@ from isolat.places.steps import Cgroup, Step
 
 THREADS_MAX = 128  # of QEMU: one for each processor, one for each file that is just read, and a few
 ENTROPY_BYTES = 64
+_STATE_BYTES = 64 << 20  # of processors and devices, which a template saves; a few of them are used
 SPACES = 0x00020000 | 0x04000000 | 0x08000000 | 0x20000000 | 0x40000000  # NEWNS, NEWUTS, NEWIPC, NEWPID, NEWNET
 
 
@@ -62,7 +63,11 @@ def outside(job: Job, overhead_bytes: int) -> tuple[Step, ...]:
 
 
 def guest(job: Job, kit: MachineKit, argv: tuple[str, ...], held: tuple[str, ...]) -> Command:
-    """QEMU: in the jail, with a uid and namespaces of its own, and its descriptors from 4 on as in ``held``."""
+    """QEMU: in the jail, with a uid and namespaces of its own, and its descriptors from 4 on as in ``held``.
+
+    It writes its disk, an archive of volumes that is as large at most, and a template's state: no file of it needs to
+    become larger, and one that its guest took over can make none so.
+    """
     return Command(
         argv=argv,
         env=(("PATH", common.PATH), ("MALLOC_ARENA_MAX", "1")),
@@ -73,6 +78,8 @@ def guest(job: Job, kit: MachineKit, argv: tuple[str, ...], held: tuple[str, ...
         serial=True,
         held=held,
         spaces=SPACES,
+        confined=True,
+        file_bytes=max(job.spec.disk_bytes, _STATE_BYTES),
     )
 
 

@@ -73,6 +73,8 @@ class Command:
     park_s: float = 0.0  # stop it after so long without a word, where nothing in it has a deadline; 0: never
     after: tuple[str, ...] = ()  # what a machine's agent runs when it has ended, before that is told
     grace_s: float = 0.0  # how long it may take to end by itself after the application's end
+    confined: bool = False  # behind the keeper's own system call filter
+    file_bytes: int = 0  # no file that it writes becomes larger; 0: no limit
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,8 @@ class Place(Protocol):
 
     def put(self, path: str, source: int, d: Deadline, mode: int = 0o644) -> None: ...
 
-    def get(self, path: str, target: int, d: Deadline) -> None: ...
+    def get(self, path: str, target: int, most_bytes: int, d: Deadline) -> None:
+        """The file's first ``most_bytes``, written to ``target``. Raises ProtocolError for more than was asked for."""
 
     def inside(self, key: str, facts: Facts) -> Place:
         """The place that the process ``key`` (spawned with ``control``) is."""

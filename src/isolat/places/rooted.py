@@ -93,8 +93,8 @@ class RootedPlace:
     def put(self, path: str, source: int, d: Deadline, mode: int = 0o644) -> None:
         self._place.put(self._at(path), source, d, mode)
 
-    def get(self, path: str, target: int, d: Deadline) -> None:
-        self._place.get(self._at(path), target, d)
+    def get(self, path: str, target: int, most_bytes: int, d: Deadline) -> None:
+        self._place.get(self._at(path), target, most_bytes, d)
 
     def inside(self, key: str, facts: Facts) -> Place:
         return self._place.inside(key, facts)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from isolat.checkpoint import checkpoint, counting
 from isolat.deadline import Deadline
-from isolat.errors import IsolatError, NotFound
+from isolat.errors import IsolatError, NotFound, ProtocolError
 from isolat.places.base import Command, Exit, Facts, Identity, Io, Place, Proc
 from isolat.places.link import Asked, Link, exit_of
 from isolat.places.steps import Idmap, Step
@@ -171,11 +171,14 @@ class WiredPlace:
             if not data:
                 return
 
-    def get(self, path: str, target: int, d: Deadline) -> None:
+    def get(self, path: str, target: int, most_bytes: int, d: Deadline) -> None:
         link, offset = self._link(d), 0
-        while True:
-            fields: Fields = [(k.T_PATH, path), (k.T_OFFSET, offset), (k.T_COUNT, _CHUNK_BYTES)]
+        while offset < most_bytes:
+            count = min(_CHUNK_BYTES, most_bytes - offset)
+            fields: Fields = [(k.T_PATH, path), (k.T_OFFSET, offset), (k.T_COUNT, count)]
             data = link.request(k.READ, [*fields, *self._here()], d)[0].bytes(k.T_DATA)
+            if len(data) > count:
+                raise ProtocolError(f"{len(data)} bytes of {path} came where {count} were asked for", stage="read")
             if not data:
                 return
             offset += len(data)
@@ -211,7 +214,12 @@ def _command_fields(cmd: Command) -> Fields:
     fields += [(k.T_CGROUP, path) for path in cmd.cgroup_files]
     fields += [(k.T_HELD, name) for name in cmd.held]
     fields += [(k.T_INVERSE, os.fsencode(arg)) for arg in cmd.after]
-    numbers = ((k.T_SPACES, cmd.spaces), (k.T_PARK, round(cmd.park_s * 1000)), (k.T_GRACE, round(cmd.grace_s * 1000)))
+    numbers = (
+        (k.T_SPACES, cmd.spaces),
+        (k.T_SIZE, cmd.file_bytes),
+        (k.T_PARK, round(cmd.park_s * 1000)),
+        (k.T_GRACE, round(cmd.grace_s * 1000)),
+    )
     fields += [(tag, number) for tag, number in numbers if number]
     for tag, value in ((k.T_CWD, cmd.cwd), (k.T_USER, cmd.user), (k.T_ROOT, cmd.root), (k.T_PIDFILE, cmd.pidfile)):
         if value:
@@ -228,6 +236,7 @@ def _io_fields(cmd: Command, io: Io) -> Fields:
         | (k.F_CONTROL if cmd.control else 0)
         | (k.F_LAUNCHER if cmd.pidfile else 0)
         | (k.F_SERIAL if cmd.serial else 0)
+        | (k.F_CONFINED if cmd.confined else 0)
         | (k.F_APART if io.home else 0)
         | (k.F_BESIDE if io.beside else 0)
     )

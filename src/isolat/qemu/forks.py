@@ -26,7 +26,7 @@ import errno
 import fcntl
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from isolat.deadline import Deadline
@@ -38,6 +38,7 @@ _CONT_S = 10.0  # to let the parent go on when the deadline has passed
 _STATE_BYTES_MAX = 64 << 20
 _FICLONE = 0x40049409  # ioctl_ficlone(2)
 _COPY_BYTES = 32 << 20
+_BLOCK_BYTES = 512  # of stat(2), whatever the file system's are
 _PUNCH_HOLE = 0x1 | 0x2  # fallocate(2): FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 _F_ADD_SEALS = 1033
 SEALED = 0x2 | 0x4 | 0x8  # fcntl(2): F_SEAL_SHRINK, _GROW, _WRITE
@@ -70,26 +71,49 @@ class Restored:
 
 
 def capture(
-    qmp: Qmp, pid: int, ram: memory.Inode, state: int, delta: int, d: Deadline, *, disks: Sequence[DiskCopy] = ()
+    qmp: Qmp,
+    pid: int,
+    ram: memory.Inode,
+    state: int,
+    delta: int,
+    d: Deadline,
+    *,
+    disks: Sequence[DiskCopy] = (),
+    room: Callable[[int, int, int], None] | None = None,
 ) -> Captured:
     """Take a snapshot of a machine that runs or is paused; it goes on as it was, also when this fails.
 
-    ``pid`` is QEMU's, ``ram`` the template's memory; ``state`` and ``delta`` are empty files (memfds: sealed in the
-    end if they allow it). Raises IllegalState for a machine that has not begun or has crashed, Lost when it ends
-    meanwhile, StartFailed, DeadlineExceeded.
+    ``pid`` is QEMU's, ``ram`` the template's memory; ``state`` and ``delta`` are empty files, which QEMU gets no
+    descriptor of (memfds: sealed in the end if they allow it). Raises IllegalState for a machine that has not begun or
+    has crashed, Lost when it ends meanwhile, StartFailed, DeadlineExceeded.
+
+    ``room`` is asked before anything is copied, and again where the guest has written more meanwhile: how many bytes of
+    memory are to be copied next, how many those are altogether, and what the copies of disks will take. What it raises
+    ends the attempt.
     """
     runs_on = _runs(dialogue.status(qmp, d))
     mapping = memory.guest_ram(pid, ram)
     begun = time.monotonic()
+
+    def own(copied: list[memory.Run], disk_bytes: int = 0) -> list[memory.Run]:
+        """All that is the machine's own now or was when it was copied."""
+        runs = memory.joined(copied, memory.private_pages(pid, mapping))
+        if room is not None:
+            room(memory.total(runs) - memory.total(copied), memory.total(runs), disk_bytes)
+        return runs
+
+    own([], sum(_lacking(disk) for disk in disks))
     for disk in disks:
         copy_disk(disk.source, disk.target, d)  # of no use but to the second time
     with memory.filling(pid, mapping, delta) as fill:
-        before = memory.private_pages(pid, mapping)
+        before = own([])
         fill(before, d)
         ahead = time.monotonic() - begun
-        with _standing_still(qmp, runs_on, d) as clock:
-            _save_state(qmp, state, d)
-            runs = memory.joined(before, memory.private_pages(pid, mapping))
+        with _state_file(qmp, d) as (path, written), _standing_still(qmp, runs_on, d) as clock:
+            # Not ``live``: else it would give up its disks, as for a machine that moves away.
+            qmp.execute("xen-save-devices-state", {"filename": path, "live": False}, d)
+            _keep_state(written, state)
+            runs = own(before)
             fill(runs, d)
             for disk in disks:
                 copy_disk(disk.source, disk.target, d)
@@ -122,15 +146,29 @@ def copy_disk(source: int, target: int, d: Deadline) -> None:
     data is copied, extent by extent; over an earlier copy that takes half of the time.
     """
     d.check("copying a disk")
-    try:
-        os.ftruncate(target, os.fstat(source).st_size)  # FICLONE makes a file longer and never shorter
+    with _disk_errors():
         if not _clone(source, target):
             _copy_data(source, target, d)
+
+
+@contextlib.contextmanager
+def _disk_errors() -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise StartFailed(f"copying a disk: {error.strerror}", stage=_STAGE, errno=error.errno or 0) from error
 
 
+def _lacking(disk: DiskCopy) -> int:
+    """How many bytes its copy will take of the file system: none where it shares its blocks."""
+    with _disk_errors():
+        if _clone(disk.source, disk.target):
+            return 0
+        return max(0, os.fstat(disk.source).st_blocks - os.fstat(disk.target).st_blocks) * _BLOCK_BYTES
+
+
 def _clone(source: int, target: int) -> bool:
+    os.ftruncate(target, os.fstat(source).st_size)  # FICLONE makes a file longer and never shorter
     try:
         fcntl.ioctl(target, _FICLONE, source)
     except OSError as error:
@@ -170,25 +208,53 @@ def _runs(status: str) -> bool:
     return status == "running"
 
 
-def _save_state(qmp: Qmp, state: int, d: Deadline) -> None:
-    """QEMU writes into our file, as it could make none itself.
+@contextlib.contextmanager
+def _state_file(qmp: Qmp, d: Deadline) -> Iterator[tuple[str, int]]:
+    """A file for QEMU's state: the name that QEMU opens it by, and our descriptor. QEMU could make none itself.
 
     It wants a descriptor that is open for writing only, and takes a duplicate of it (util/osdep.c,
-    monitor_fdset_dup_fd_add). Not ``live``: else it would give up its disks, as for a machine that moves away.
+    monitor_fdset_dup_fd_add). A machine that was taken over keeps whatever it was given, so this is memory that is
+    nothing's state and gone afterwards. Around the block in which the machine stands still: what is taken away from
+    QEMU meanwhile stays open in it (monitor/fds.c, monitor_fdset_cleanup).
     """
-    target = os.open(f"/proc/self/fd/{state}", os.O_WRONLY | os.O_CLOEXEC)  # with an offset of its own
+    fd = os.memfd_create("state", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
     try:
-        number = qmp.execute("add-fd", {}, d, (target,))["fdset-id"]
-        qmp.execute("xen-save-devices-state", {"filename": f"/dev/fdset/{number}", "live": False}, d)
+        target = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC)  # with an offset of its own
+        try:
+            number = qmp.execute("add-fd", {}, d, (target,))["fdset-id"]
+        finally:
+            os.close(target)
+        try:
+            yield f"/dev/fdset/{number}", fd
+        except BaseException:
+            with contextlib.suppress(IsolatError):  # it may be what died
+                qmp.execute("remove-fd", {"fdset-id": number}, Deadline(_CONT_S))
+            raise
         qmp.execute("remove-fd", {"fdset-id": number}, d)
     finally:
-        os.close(target)
-    if not 0 < os.fstat(state).st_size <= _STATE_BYTES_MAX:
+        os.close(fd)
+
+
+def _keep_state(written: int, state: int) -> None:
+    """Sealed first, so that what is looked at is what is copied."""
+    try:
+        fcntl.fcntl(written, _F_ADD_SEALS, SEALED)
+    except OSError as error:
+        why = f"QEMU holds on to the state that it wrote: {error.strerror}"
+        raise StartFailed(why, stage=_STAGE, errno=error.errno or 0) from error
+    size = os.fstat(written).st_size
+    if not 0 < size <= _STATE_BYTES_MAX:
         raise StartFailed("QEMU wrote no state, or one without an end", stage=_STAGE)
+    data, at = memoryview(os.pread(written, size, 0)), 0
+    try:
+        while at < len(data):
+            at += os.pwrite(state, data[at:], at)
+    except OSError as error:
+        raise StartFailed(f"keeping the state: {error.strerror}", stage=_STAGE, errno=error.errno or 0) from error
 
 
 def _seal(fd: int) -> None:
-    """Nobody changes it any more: a machine that was taken over might have kept the descriptor."""
+    """Nobody changes it any more: who is given it for reading could open it anew for writing (proc(5))."""
     with contextlib.suppress(OSError):  # a file, or a memfd that was made without MFD_ALLOW_SEALING
         fcntl.fcntl(fd, _F_ADD_SEALS, SEALED)
 

@@ -108,6 +108,7 @@ F_FDS: Final = 64
 F_SERIAL: Final = 128
 F_APART: Final = 256
 F_BESIDE: Final = 512
+F_CONFINED: Final = 1024
 FIRST_FLAGS: Final = 255  # of SPAWN: what those know who don't say in their HELLO which they do
 # flags of WRITE
 F_TRUNCATE: Final = 1

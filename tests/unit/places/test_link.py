@@ -14,7 +14,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from isolat.deadline import Deadline
-from isolat.errors import CommandNotFound, DeadlineExceeded, IsolatError, Lost, NotExecutable, NotFound, StartFailed
+from isolat.errors import (
+    CommandNotFound,
+    DeadlineExceeded,
+    IsolatError,
+    Lost,
+    NotExecutable,
+    NotFound,
+    ProtocolError,
+    StartFailed,
+)
 from isolat.places.base import CgroupFacts, CgroupMode, Command, Exit, Facts, Io
 from isolat.places.link import Link, Reactor
 from isolat.places.steps import Idmap, MakeDir
@@ -190,3 +199,32 @@ def test_a_step_that_came_with_a_descriptor_is_undone_without(peer: Peer) -> Non
     asked = peer.in_background()
     WiredPlace(lambda _: peer.link, FACTS).revert([Idmap("/a", "/b", ((0, 5, 1),), descriptor=3)], Deadline(5))
     assert asked.get(timeout=5).nfds == 0
+
+
+def served(peer: Peer, chunk: int, times: int) -> SimpleQueue[int]:
+    """Answer so many READs with so many bytes each, whatever was asked. How many bytes each of them asked for."""
+    counts: SimpleQueue[int] = SimpleQueue()
+
+    def serve() -> None:
+        for _ in range(times):
+            counts.put(peer.reply(k.OK, [(k.T_DATA, b"x" * chunk)]).int(k.T_COUNT))
+
+    threading.Thread(target=serve, daemon=True).start()
+    return counts
+
+
+def test_a_file_without_an_end_is_read_as_far_as_was_asked(peer: Peer) -> None:
+    counts, fd = served(peer, 4096, 3), os.memfd_create("text", os.MFD_CLOEXEC)
+    WiredPlace(lambda _: peer.link, FACTS).get("/sys/endless", fd, 3 * 4096, Deadline(5))
+    assert os.fstat(fd).st_size == 3 * 4096
+    assert [counts.get(timeout=5) for _ in range(3)] == [3 * 4096, 2 * 4096, 4096]
+    os.close(fd)
+
+
+def test_more_than_was_asked_for_is_not_taken(peer: Peer) -> None:
+    served(peer, 4097, 1)
+    fd = os.memfd_create("text", os.MFD_CLOEXEC)
+    with pytest.raises(ProtocolError):
+        WiredPlace(lambda _: peer.link, FACTS).get("/sys/large", fd, 4096, Deadline(5))
+    assert os.fstat(fd).st_size == 0
+    os.close(fd)
