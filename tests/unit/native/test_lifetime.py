@@ -75,10 +75,10 @@ def test_no_descriptor_is_lost(keeper: Held) -> None:
 
     everything()
     wait_for(lambda: "none" not in c.procs())
-    before = fds(keeper.pid), fds(guest)
+    before = fds(keeper.pid), fds(guest)  # some of them may be about to be closed: fewer than the rounds to come
     for _ in range(20):
         everything()
-    wait_for(lambda: (fds(keeper.pid), fds(guest)) == before, "the descriptors closed")
+    wait_for(lambda: fds(keeper.pid) <= before[0] and fds(guest) <= before[1], "the descriptors closed")
 
 
 def test_everything_is_close_on_exec(keeper: Held) -> None:

@@ -116,7 +116,7 @@ def test_it_is_not_parked_in_its_grace(c: Controller) -> None:
     """It was told to end, and would not."""
     script = (
         STARTED + "say(k.EXITED, 0, [(k.T_KEY, 'main'), (k.T_CODE, 0), (k.T_SIGNAL, 0)])\n"
-        "end = time.monotonic() + 1\ns.settimeout(0.05)\n"
+        "end = time.monotonic() + 3\ns.settimeout(0.05)\n"
         "while time.monotonic() < end:\n"
         "  try: f = recv(); say(k.OK, f.id, [(k.T_COUNT, -1)])\n"
         "  except TimeoutError: pass\n"
