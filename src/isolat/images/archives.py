@@ -132,7 +132,7 @@ def _known(store: ImageStore, manifest: Manifest) -> bytes | None:
         return None
     with contextlib.suppress(NotFound):
         known = store.manifest(image)
-        if all(store.blobs.has(one.digest) for one in known.blobs):
+        if all(store.blobs.has(one.digest, one.size_bytes) for one in known.blobs):
             return known.raw
     return None
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from isolat.deadline import NEVER, Deadline
 from isolat.errors import InvalidImage
+from isolat.images import durable
 from isolat.images.blobs import read_blob, verify_file
 from isolat.images.image import DEFAULT_PATH, ImageConfig
 from isolat.images.oci import (
@@ -53,7 +54,7 @@ def prepare(
     config = parse_config(read_blob(find(manifest.config.digest), manifest.config.digest, DOCUMENT_BYTES_MAX))
     check_together(manifest, config)
     digest = hexadecimal(manifest.config.digest)
-    missing = [one for one in manifest.blobs if not store.blobs.has(one.digest)]
+    missing = [one for one in manifest.blobs if not store.blobs.has(one.digest, one.size_bytes)]
     there = tuple(one.digest for one in manifest.blobs if one not in missing)
     file = None
     if store.find(digest) is None:
@@ -61,6 +62,8 @@ def prepare(
         _flatten(manifest, config, find, file, build, d, progress)
     else:
         _verify(missing, find)
+    # Here, where nobody has to wait for it who wants the store's lock
+    durable.sync([*(find(one.digest) for one in missing), *([file] if file else [])])
     return Prepared(digest, defaults(config), manifest.digest, file, tuple(one.digest for one in missing), there)
 
 

@@ -14,7 +14,10 @@ The digest is that of the OCI configuration, which names every layer by its cont
 wherever it came. Nothing that was not made here is ever mounted: a crafted EROFS is an attack on the kernel.
 
 A blob comes in under the lock, together with the description that names it, and what no description names is collected
-under the same lock: so nothing that is in use, or about to be, is ever collected.
+under the same lock: so nothing that is in use, or about to be, is ever collected. Whether an image may go is decided
+under it, too, from what is true then: its names, and who stands on it.
+
+The file system and the blobs are on the disk before the description that stands for them (durable.py).
 
 A killed build leaves nothing for long: its lock is free as soon as the last of its processes is gone, and then the
 next opening of the store removes its directory.
@@ -37,7 +40,7 @@ from pathlib import Path
 
 from isolat.deadline import NEVER, Deadline
 from isolat.errors import Conflict, ImageNotFound, NotFound, StoreError, Unsupported, UsageError
-from isolat.images import intake
+from isolat.images import durable, intake
 from isolat.images.blobs import Blobs, verify_file
 from isolat.images.image import Image, ImageConfig, digest_prefix, image_from_json
 from isolat.images.oci import DOCUMENT_BYTES_MAX, Manifest, parse_manifest
@@ -244,7 +247,7 @@ class ImageStore:
         return found
 
     def _write_names(self, names: dict[str, str]) -> None:
-        _replace(self.dir / "names.json", json.dumps(names, indent=1, sort_keys=True))
+        durable.replace(self.dir / "names.json", json.dumps(names, indent=1, sort_keys=True))
 
     def _read(self, digest: str, names: Names) -> Image:
         try:
@@ -288,8 +291,10 @@ class ImageStore:
             return build.finish(tree, config, names, d)
 
     def sweep(self) -> None:
-        """Remove the builds whose processes are all gone, and EROFS files that never became an image."""
+        """Remove the builds whose processes are all gone, and files that never became a part of an image."""
         with self._lock():
+            durable.sweep(self.dir)
+            durable.make_private(self.dir.glob("*.json"))
             for path in self._tmp.iterdir():
                 if _abandoned(path):
                     _remove_tree(path)
@@ -322,13 +327,24 @@ class ImageStore:
                 self.blobs.take(find(digest), digest)
             self._keep(prepared, find)
             self.blobs.put(raw)
+            self.blobs.sync()
             if prepared.file is not None:
-                prepared.file.chmod(0o400)
-                os.chown(prepared.file, os.geteuid(), os.getegid())
-                prepared.file.rename(self.file(prepared.digest))
+                self._place(prepared.file, prepared.digest)
             self._describe(prepared.digest, config or prepared.config, prepared.manifest, repo_digest)
             self._write_names({**self._names(), **dict.fromkeys(map(parse_name, names), prepared.digest)})
         return self._read(prepared.digest, self._names_by_digest())
+
+    def _place(self, file: Path, digest: str) -> None:
+        """Put an image's file system where it is looked for, also in the place of one that a power cut has cut short.
+
+        Environments that stand on the old one keep it until they end.
+        """
+        file.chmod(0o400)
+        os.chown(file, os.geteuid(), os.getegid())
+        if self.file(digest).exists():
+            self._unmount(digest)
+        file.rename(self.file(digest))
+        durable.sync([self.dir])
 
     def _keep(self, prepared: intake.Prepared, find: Callable[[str], Path]) -> None:
         """What was here and has been removed meanwhile comes from elsewhere, or the image does not. Raises Conflict."""
@@ -344,21 +360,23 @@ class ImageStore:
 
     def _describe(self, digest: str, config: ImageConfig, manifest: str, repo_digest: str) -> None:
         """Write the description; of an image that was here, only what is new: its manifest and where it was seen."""
+        size_bytes = self.file(digest).stat().st_size
         try:
             old = self._read(digest, {})
-        except NotFound:
-            old = Image(digest, config, self.file(digest).stat().st_size, time.time_ns())
+        except (NotFound, StoreError):
+            old = Image(digest, config, size_bytes, time.time_ns())
         seen = dict.fromkeys([*old.repo_digests, *([repo_digest] if repo_digest else [])])
-        new = replace(old, manifest=old.manifest or manifest, repo_digests=tuple(seen))
+        new = replace(old, size_bytes=size_bytes, manifest=old.manifest or manifest, repo_digests=tuple(seen))
         if new != old or not (self.dir / f"{digest}.json").exists():
-            _replace(self.dir / f"{digest}.json", json.dumps(new.description(), indent=1))
+            durable.replace(self.dir / f"{digest}.json", json.dumps(new.description(), indent=1))
 
     def find(self, digest: str) -> Image | None:
         """The image of this whole digest, if it is here whole."""
-        try:
-            return self._read(digest, {}) if self.file(digest).exists() else None
-        except (NotFound, StoreError):
-            return None
+        with contextlib.suppress(NotFound, StoreError, FileNotFoundError):
+            image = self._read(digest, {})
+            if self.file(digest).stat().st_size == image.size_bytes:
+                return image
+        return None
 
     def manifest(self, image: Image) -> Manifest:
         """The OCI form of an image. Raises Unsupported for one that has none: it was made by an older version."""
@@ -377,10 +395,13 @@ class ImageStore:
             for digest in other._blobs_of(image):
                 if not self.blobs.has(digest):
                     _link_or_copy(other.blobs.path(digest), self.blobs.path(digest))
+                    durable.sync([self.blobs.path(digest)])
+            self.blobs.sync()
             if self.find(image.digest) is None:
                 _link_or_copy(other.file(image.digest), build.path / "image.erofs")
-                (build.path / "image.erofs").rename(self.file(image.digest))
-                _replace(self.dir / f"{image.digest}.json", json.dumps(image.description(), indent=1))
+                durable.sync([build.path / "image.erofs"])
+                self._place(build.path / "image.erofs", image.digest)
+                durable.replace(self.dir / f"{image.digest}.json", json.dumps(image.description(), indent=1))
             self._write_names({**self._names(), **dict.fromkeys(map(parse_name, names), image.digest)})
         return self._read(image.digest, self._names_by_digest())
 
@@ -515,16 +536,6 @@ def _locked(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write whole or not at all; on disk before it is seen, because a description stands for a file of megabytes."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    with temporary.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.rename(path)
 
 
 def _abandoned(path: Path) -> bool:
