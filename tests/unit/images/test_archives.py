@@ -158,6 +158,15 @@ def test_an_archive_that_is_both_keeps_its_manifest(store: ImageStore) -> None:
     assert names == ("both:1",) and image.manifest == manifest["digest"]
 
 
+def test_a_name_that_meant_another_image_is_told(store: ImageStore) -> None:
+    ((first, _),) = load(store, tar(docker_members(LAYERS, ["one:1", "two:1"])))
+    moved: list[tuple[str, str]] = []
+    for _ in range(2):  # the second time nothing moves
+        load(store, tar(docker_members(LAYERS[:1], ["one:1", "new:1"])), moved=lambda *pair: moved.append(pair))
+    assert moved == [("one:1", first.digest)]
+    assert store.resolve("two:1").digest == first.digest != store.resolve("one:1").digest
+
+
 def test_what_is_here_keeps_its_form(store: ImageStore) -> None:
     blobs, manifest = oci_members(LAYERS, {REF_NAME: "one"})
     load(store, tar(layout(blobs, [manifest])))
