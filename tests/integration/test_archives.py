@@ -96,6 +96,15 @@ def test_what_skopeo_writes_is_loaded(small: Root, tmp_path: Path, format: str) 
     assert small.cli("run", "--rm", "other:1").returncode == 3
 
 
+def test_a_name_that_is_taken_from_another_image_is_told(small: Root, tmp_path: Path) -> None:
+    old, file = digest(small, "small"), tmp_path / "other.tar"
+    file.write_bytes(tar(docker_members([layer("other")], ["small:latest"])))
+    for told in (f"note: small:latest has meant {old} until now, which stays without it\n", ""):
+        done = small.cli("load", "--json", "-i", str(file))
+        assert (done.returncode, done.stderr.decode()) == (0, told)
+    small.ok("image", "inspect", old)
+
+
 def test_through_pipes_and_compressed(small: Root) -> None:
     done = small.cli("save", "small")
     before = digest(small, "small")

@@ -411,6 +411,15 @@ def test_who_hangs_up_ends_the_build_and_keeps_the_cache(root: Root) -> None:
     assert any("Using cache" in line for line in built(root, cached).lines)
 
 
+def test_a_base_that_is_removed_while_it_is_built_on_is_no_loss(root: Root) -> None:
+    built(root, f"FROM {builds.SMALL}\nRUN echo passing > /passing\n", "--tag", "passing")
+    with begun(root, "FROM passing\nRUN echo working; sleep 2; echo x > /x\n", "working") as process:
+        root.ok("rmi", "passing")
+        text = rest(process)
+        assert process.wait(30) == 0, text
+    assert root.ok("system", "check", "--deep") == "all is well"
+
+
 def test_a_killed_daemon_takes_its_builds_with_it_and_the_next_one_sweeps(root: Root) -> None:
     with begun(root, LONG, "working") as process:
         assert sleeping()

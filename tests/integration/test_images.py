@@ -119,10 +119,10 @@ def test_names_digests_and_their_beginnings_resolve(store: ImageStore, tmp_path:
 def test_an_image_in_use_is_not_removed_but_a_further_name_is(store: ImageStore, tmp_path: Path) -> None:
     image = store.add_tree(make_tree(tmp_path / "tree"), TREE, ["one", "two"])
     store.mount(image.digest)
-    store.remove("one", in_use={image.digest})
+    store.remove("one", in_use=lambda: {image.digest})
     for name in ("two", image.digest):
         with pytest.raises(Conflict, match="in use"):
-            store.remove(name, in_use={image.digest})
+            store.remove(name, in_use=lambda: {image.digest})
     assert store.mount(image.digest).is_dir()
     store.remove("two")
     assert store.list() == [] and not store.file(image.digest).exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from isolat.cli import options as o
@@ -28,9 +29,14 @@ def load(parsed: o.Parsed) -> int:
         connect.call(root, "load", args, [descriptor]) as request,
     ):
         quiet = parsed.flag("quiet") or parsed.flag("json")
-        found = progress.watch(request, quiet, None if quiet else lambda row: tables.print_lines(_loaded(row)))[
-            "images"
-        ]
+
+        def told(row: dict[str, Any]) -> None:
+            for name, old in row.get("moved", {}).items():
+                sys.stderr.write(f"note: {tables.clean(name)} has meant {old} until now, which stays without it\n")
+            if not quiet:
+                tables.print_lines(_loaded(row))
+
+        found = progress.watch(request, quiet, told)["images"]
     if parsed.flag("json"):
         tables.print_json(found)
     elif parsed.flag("quiet"):

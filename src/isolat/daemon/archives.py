@@ -32,11 +32,17 @@ def save(call: Call) -> Answer:
 
 
 def load(call: Call) -> Answer:
-    """A row for each image as it is there, then all of them."""
+    """A row for each image as it is there, with the names that it has taken from others; then all of them."""
     from isolat.images import archives
 
+    taken: dict[str, str] = {}
+
+    def moved(name: str, digest: str) -> None:
+        taken[name] = f"sha256:{digest}"
+
     def told(image: Image, names: Sequence[str]) -> None:
-        call.send({"row": {"id": f"sha256:{image.digest}", "names": list(names)}}, [])
+        call.send({"row": {"id": f"sha256:{image.digest}", "names": list(names), "moved": dict(taken)}}, [])
+        taken.clear()
 
     loaded = archives.load(
         call.engine.images,
@@ -46,6 +52,7 @@ def load(call: Call) -> Answer:
         only=call.args.text("only", None),
         gone=call.gone,
         progress=_progress(call),
+        moved=moved,
     )
     return {"images": [image.to_json() for image in loaded]}
 

@@ -438,7 +438,15 @@ class Engine:
 
     def remove_image(self, name: str) -> None:
         """Take this name away; with its last one the image goes, and the disks that were made from it."""
-        self.images.remove(name, self.in_use())
+        self.images.remove(name, self.in_use)
+        self._forget_disks()
+
+    def remove_nameless(self, digest: str) -> None:
+        """The same for an image that has no name. Raises Conflict where it got one meanwhile."""
+        self.images.remove_nameless(digest, self.in_use)
+        self._forget_disks()
+
+    def _forget_disks(self) -> None:
         self.kits.prune_disks({image.digest for image in self.images.list()})
 
     def in_use(self) -> set[str]:

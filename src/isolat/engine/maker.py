@@ -40,6 +40,7 @@ from isolat.engine.volumes import Claim, Volumes
 from isolat.engine.warm import WarmPool, lowest_priority, normal_priority
 from isolat.errors import CommandNotFound, Conflict, IsolatError, NotExecutable, Unsupported, UsageError
 from isolat.images import architecture
+from isolat.images.image import Image
 from isolat.images.pool import Pool
 from isolat.images.progress import Progress
 from isolat.images.store import ImageStore
@@ -407,10 +408,8 @@ class Maker:
 
     def image(self, id: str, name: str, machine: bool = False) -> ImageRef:
         """The image of this name, which the environment that is being made as ``id`` stands on from now on."""
-        image = self._images.resolve(name)
+        image = self._standing(id, name) if id else self._images.resolve(name)
         architecture.check(name, image.config.architecture, emulated=not machine)
-        if id:
-            self._table.making(id, image.digest)
         return ImageRef(
             digest=image.digest,
             mount=str(self._images.mount(image.digest)),
@@ -423,6 +422,14 @@ class Maker:
             entrypoint=image.entrypoint,
             stop_signal=image.config.stop_signal,
         )
+
+    def _standing(self, id: str, name: str) -> Image:
+        """The image, which nobody removes from now on: who was about to when that was said has done it by now."""
+        while True:
+            image = self._images.resolve(name)
+            self._table.making(id, image.digest)
+            if self._images.confirm(image.digest):
+                return image
 
     def _plan(self, request: Request, d: Deadline) -> list[Planned]:
         stack = registry.resolve(request.spec.layers)

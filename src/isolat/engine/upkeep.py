@@ -130,10 +130,11 @@ def prune_environments(engine: Engine, told: Told) -> None:
 
 def prune_images(engine: Engine, named: bool, told: Told) -> None:
     """Remove the images that nothing stands on: those without a name, with ``named`` all of them."""
+    remove = engine.remove_image if named else engine.remove_nameless
     for image in engine.images.unused(engine.in_use(), named):
         before = engine.images.used_bytes
         try:
-            engine.remove_image(image.digest)
+            remove(image.digest)
         except (NotFound, Conflict):
             continue
         told("image", image.names[0] if image.names else image.digest[:12], max(0, before - engine.images.used_bytes))

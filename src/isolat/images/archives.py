@@ -51,6 +51,7 @@ IMAGES_MAX = 1000
 _TYPES = {"tar": LAYER, "gzip": f"{LAYER}+gzip", "zstd": f"{LAYER}+zstd"}
 
 Told = Callable[[Image, Sequence[str]], None]  # an image is there, under the names that it has in the archive
+Moved = Callable[[str, str], None]  # this name meant another image until now: the one of this digest
 
 
 _DOCKER = "manifest.json"  # what only an archive of that kind has
@@ -73,8 +74,11 @@ def load(
     only: str | None = None,
     gone: Callable[[], bool] = never,
     progress: Progress = no_progress,
+    moved: Moved = lambda name, digest: None,
 ) -> list[Image]:
     """Take in every image of an archive, which is read once, so it may be a pipe. ``told`` hears of each.
+
+    ``moved`` hears of names that have meant other images, which stay without them.
 
     ``only``: the one of this name, or when empty the only one there is.
 
@@ -90,7 +94,11 @@ def load(
         loaded = []
         there = images(spool, platform or own_platform())
         for found in there if only is None else [_chosen(there, only)]:
+            before = dict(store.names())
             image = _take_in(store, spool, found, build, progress)
+            for name in found.names:
+                if before.get(name, image.digest) != image.digest:
+                    moved(name, before[name])
             loaded.append(image)
             told(image, found.names)
         return loaded
@@ -132,7 +140,7 @@ def _known(store: ImageStore, manifest: Manifest) -> bytes | None:
         return None
     with contextlib.suppress(NotFound):
         known = store.manifest(image)
-        if all(store.blobs.has(one.digest) for one in known.blobs):
+        if all(store.blobs.has(one.digest, one.size_bytes) for one in known.blobs):
             return known.raw
     return None
 

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from isolat.errors import InvalidImage, NotFound
+from isolat.images import durable
 from isolat.images.oci import digest_of, hexadecimal
 
 
@@ -34,27 +35,42 @@ class Blobs:
         """Where the blob is, or would be. Raises InvalidImage for what is no sha256 digest."""
         return self._dir / hexadecimal(digest)
 
-    def has(self, digest: str) -> bool:
-        return self.path(digest).exists()
+    def has(self, digest: str, size_bytes: int = -1) -> bool:
+        """``size_bytes``: what it must have; less is what a power cut may have left of it."""
+        try:
+            return self.path(digest).stat().st_size == size_bytes or size_bytes < 0
+        except FileNotFoundError:
+            return False
 
     def take(self, file: Path, digest: str) -> None:
-        """Take in a file that somebody has just verified: it becomes root's and read-only, by a link."""
+        """Take in a file that somebody has just verified: it becomes root's and read-only, by a link.
+
+        It is on the disk already; that it is here is only after ``sync``.
+        """
         target = self.path(digest)
         os.chown(file, os.geteuid(), os.getegid(), follow_symlinks=False)
         file.chmod(0o444)
         try:
             os.link(file, target, follow_symlinks=False)
         except FileExistsError:
-            return
+            if file.stat().st_size != target.stat().st_size:
+                temporary = self._dir / f".{secrets.token_hex(8)}"
+                os.link(file, temporary, follow_symlinks=False)
+                temporary.rename(target)
+
+    def sync(self) -> None:
+        """Have on the disk which blobs there are."""
+        durable.sync([self._dir])
 
     def put(self, data: bytes) -> str:
         """Keep a document. Returns its digest."""
         digest = digest_of(data)
-        if not self.has(digest):
+        if not self.has(digest, len(data)):
             temporary = self._dir / f".{secrets.token_hex(8)}"
             try:
                 with temporary.open("xb") as stream:
                     stream.write(data)
+                durable.sync([temporary])
                 self.take(temporary, digest)
             finally:
                 temporary.unlink(missing_ok=True)

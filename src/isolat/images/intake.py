@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from isolat.deadline import NEVER, Deadline
 from isolat.errors import InvalidImage, NotFound
+from isolat.images import durable
 from isolat.images.blobs import read_blob, verify_file
 from isolat.images.image import DEFAULT_PATH, ImageConfig
 from isolat.images.oci import (
@@ -61,7 +62,7 @@ def prepare(
             hint="choose another with --platform, where there is one",
         )
     digest = hexadecimal(manifest.config.digest)
-    missing = [one for one in manifest.blobs if not store.blobs.has(one.digest)]
+    missing = [one for one in manifest.blobs if not store.blobs.has(one.digest, one.size_bytes)]
     there = tuple(one.digest for one in manifest.blobs if one not in missing)
     file = None
     if store.find(digest) is None:
@@ -69,6 +70,8 @@ def prepare(
         _flatten(manifest, config, find, file, build, d, progress)
     else:
         _verify(missing, find)
+    # Here, where nobody has to wait for it who wants the store's lock
+    durable.sync([*(find(one.digest) for one in missing), *([file] if file else [])])
     return Prepared(digest, defaults(config), manifest.digest, file, tuple(one.digest for one in missing), there)
 
 

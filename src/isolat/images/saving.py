@@ -13,11 +13,11 @@ import os
 import select
 import stat
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from isolat.errors import StoreError, UsageError
+from isolat.errors import NotFound, StoreError, UsageError
 from isolat.images.archives import FULL_NAME, REF_NAME
 from isolat.images.image import Image
 from isolat.images.oci import INDEX, Manifest, dump, hexadecimal
@@ -69,18 +69,37 @@ def save(
     blobs = {one.digest: one.size_bytes for each in saved for one in each.manifest.blobs}
     blobs |= {each.manifest.digest: len(each.manifest.raw) for each in saved}
     out = _Output(descriptor, gone)
-    try:
+    with contextlib.ExitStack() as opened:
+        streams: dict[str, BinaryIO] = {}
+        for each in saved:
+            _open(store, each, opened, streams)
         for directory in ("blobs/", BLOBS):
             out.write(_header(directory, 0, tarfile.DIRTYPE))
-        _write_blobs(store, blobs, out, progress)
-        for name, data in sorted(documents.items()):
-            out.write(_header(name, len(data)) + data + bytes(-len(data) % _BLOCK))
-        out.write(bytes(2 * _BLOCK))
-    except OSError as error:
-        if isinstance(error, ConnectionResetError):
-            raise
-        raise _unwritten(error) from error
+        _write_blobs(streams, blobs, out, progress)
+    for name, data in sorted(documents.items()):
+        out.write(_header(name, len(data)) + data + bytes(-len(data) % _BLOCK))
+    out.write(bytes(2 * _BLOCK))
     return out.written
+
+
+def _open(store: ImageStore, each: _Saved, opened: contextlib.ExitStack, streams: dict[str, BinaryIO]) -> None:
+    """Its blobs, before anything is written: whoever removes the image from now on takes nothing from the archive."""
+    name = each.names[0] if each.names else each.image.digest[:12]
+    wanted = {each.manifest.digest, *(one.digest for one in each.manifest.blobs)}
+    for digest in wanted - streams.keys():
+        try:
+            streams[digest] = opened.enter_context(open(store.blobs.path(digest), "rb", buffering=0))  # noqa: SIM115
+        except FileNotFoundError:
+            raise NotFound(
+                f"the image {name} can't be saved: its blob {digest} is not there",
+                hint="it was removed in this moment, or is damaged: `isolat system check` tells",
+            ) from None
+        except OSError as error:
+            raise StoreError(
+                f"the image {name} can't be saved: its blob {digest} can't be read: {error.strerror}",
+                stage="read",
+                errno=error.errno or 0,
+            ) from error
 
 
 def _unwritten(error: OSError) -> StoreError:
@@ -138,20 +157,19 @@ def _table(saved: Sequence[_Saved]) -> bytes:
     return b"[" + b",".join(entries) + b"]"
 
 
-def _write_blobs(store: ImageStore, blobs: dict[str, int], out: _Output, progress: Progress) -> None:
+def _write_blobs(streams: Mapping[str, BinaryIO], blobs: dict[str, int], out: _Output, progress: Progress) -> None:
     total, done = sum(blobs.values()), 0
     progress("writing the archive, bytes", 0, total)
     for digest, size in sorted(blobs.items()):
         out.write(_header(BLOBS + hexadecimal(digest), size))
         found, left = hashlib.sha256(), size
-        with open(store.blobs.path(digest), "rb", buffering=0) as stream:
-            while left and (chunk := stream.read(min(left, _CHUNK_BYTES))):
-                found.update(chunk)
-                out.write(chunk)
-                left -= len(chunk)
-                done += len(chunk)
-                if done % _TELL_BYTES < len(chunk):
-                    progress("writing the archive, bytes", done, total)
+        while left and (chunk := streams[digest].read(min(left, _CHUNK_BYTES))):
+            found.update(chunk)
+            out.write(chunk)
+            left -= len(chunk)
+            done += len(chunk)
+            if done % _TELL_BYTES < len(chunk):
+                progress("writing the archive, bytes", done, total)
         if left or found.hexdigest() != hexadecimal(digest):
             raise StoreError(
                 f"the blob {digest} is damaged", stage="digest-mismatch", hint="remove the image, and pull it again"
@@ -188,6 +206,11 @@ class _Output:
             while not self._poll.poll(_POLL_MS):
                 if self._gone():
                     raise ConnectionResetError("the caller has gone")
-            done = os.write(self._descriptor, rest[: self._step])
+            try:
+                done = os.write(self._descriptor, rest[: self._step])
+            except ConnectionResetError:
+                raise
+            except OSError as error:
+                raise _unwritten(error) from error
             self.written += done
             rest = rest[done:]

@@ -14,7 +14,10 @@ The digest is that of the OCI configuration, which names every layer by its cont
 wherever it came. Nothing that was not made here is ever mounted: a crafted EROFS is an attack on the kernel.
 
 A blob comes in under the lock, together with the description that names it, and what no description names is collected
-under the same lock: so nothing that is in use, or about to be, is ever collected.
+under the same lock: so nothing that is in use, or about to be, is ever collected. Whether an image may go is decided
+under it, too, from what is true then: its names, and who stands on it.
+
+The file system and the blobs are on the disk before the description that stands for them (durable.py).
 
 A killed build leaves nothing for long: its lock is free as soon as the last of its processes is gone, and then the
 next opening of the store removes its directory.
@@ -37,7 +40,7 @@ from pathlib import Path
 
 from isolat.deadline import NEVER, Deadline
 from isolat.errors import Conflict, ImageNotFound, NotFound, StoreError, Unsupported, UsageError
-from isolat.images import intake
+from isolat.images import durable, intake
 from isolat.images.blobs import Blobs, verify_file
 from isolat.images.image import Image, ImageConfig, digest_prefix, image_from_json
 from isolat.images.oci import DOCUMENT_BYTES_MAX, Manifest, parse_manifest
@@ -49,6 +52,11 @@ _BOOTSTRAP_HINT = (
     "`isolat pull` fetches one and `isolat image bootstrap debian` makes one, both over the network; "
     "`isolat image bootstrap host` needs none"
 )
+_LOCK_S = 60.0  # nobody has it for longer than some blobs take to be read
+_LOCK_POLL_S = 0.02
+
+InUse = Callable[[], Collection[str]]  # the digests that somebody stands on, asked for while nobody can begin to
+Names = dict[str, tuple[str, ...]]
 
 
 class ImageStore:
@@ -81,8 +89,14 @@ class ImageStore:
         """Every image, the youngest first."""
         return sorted(self._all(self._names_by_digest()), key=lambda image: (-image.created_ns, image.digest))
 
-    def _all(self, names: dict[str, tuple[str, ...]]) -> tuple[Image, ...]:
-        return tuple(self._read(path.stem, names) for path in self.dir.glob("*.json") if path.stem != "names")
+    def _all(self, names: Names) -> tuple[Image, ...]:
+        return tuple(self._each(names))
+
+    def _each(self, names: Names) -> Iterator[Image]:
+        for path in self.dir.glob("*.json"):
+            with contextlib.suppress(NotFound):  # it has just been removed
+                if path.stem != "names":
+                    yield self._read(path.stem, names)
 
     def resolve(self, name: str) -> Image:
         """The image of that name or digest. Raises NotFound, and Conflict when a digest's beginning is ambiguous."""
@@ -131,43 +145,70 @@ class ImageStore:
         raise ImageNotFound(f"there is no image {name!r}", hint=f"isolat pull {name}")
 
     def tag(self, digest: str, names: Collection[str]) -> None:
-        """Let the names mean this image from now on."""
+        """Let the names mean this image from now on. Raises NotFound where it has gone."""
         full = [parse_name(name) for name in names]
         with self._lock():
+            self._read(digest, {})
             self._write_names({**self._names(), **dict.fromkeys(full, digest)})
 
-    def remove(self, name: str, in_use: Collection[str] = ()) -> Image:
+    def confirm(self, digest: str) -> bool:
+        """Whether it is here, and nobody is about to remove it who asked before now who stands on it."""
+        with self._lock():
+            return (self.dir / f"{digest}.json").exists()
+
+    def remove(self, name: str, in_use: InUse = frozenset) -> None:
         """Remove a name, and with the last name (or when given by digest) the image.
 
-        Raises Conflict while an environment uses it: ``in_use`` has the digests that are.
+        Raises NotFound, and Conflict while somebody stands on it.
         """
-        image = self.resolve(name)
-        by_digest = (
-            name not in image.names and digest_prefix(name) != "" and image.digest.startswith(digest_prefix(name))
-        ) or "@" in name
-        gone = set(image.names) if by_digest else {parse_name(name)}
-        last = gone >= set(image.names)
-        if last and image.digest in in_use:
+        with self._lock():
+            if not self._forget_dangling(name):
+                image = self.resolve(name)
+                gone = set(image.names) if _is_by_digest(name, image) else {parse_name(name)}
+                self._remove(name, image, gone, in_use)
+
+    def remove_nameless(self, digest: str, in_use: InUse = frozenset) -> None:
+        """Remove an image that nobody has given a name meanwhile. Raises NotFound, and Conflict for one that has."""
+        with self._lock():
+            image = self._read(digest, self._names_by_digest())
+            if image.names:
+                raise Conflict(f"image {digest[:12]} has the name {image.names[0]} now")
+            self._remove(digest[:12], image, set(), in_use)
+
+    def _remove(self, name: str, image: Image, gone: Collection[str], in_use: InUse) -> None:
+        last = set(gone) >= set(image.names)
+        if last and image.digest in in_use():
             raise Conflict(
                 f"image {name} is in use",
                 hint="`isolat ps -a` and `isolat snapshot ls` show by what; remove that first",
             )
-        with self._lock():
+        if gone:
             self._write_names({key: value for key, value in self._names().items() if key not in gone})
-            if last:
-                self._delete(image.digest)
-        return image
+        if last:
+            self._delete(image.digest)
+
+    def _forget_dangling(self, name: str) -> bool:
+        """Whether it was a name of an image that is not there any more; then it is none now."""
+        with contextlib.suppress(UsageError):
+            names, reference = self._names(), parse_reference(name)
+            digest = "" if reference.digest else names.get(reference.name, "")
+            if digest and not (self.dir / f"{digest}.json").exists():
+                self._write_names({key: value for key, value in names.items() if key != reference.name})
+                return True
+        return False
 
     def _delete(self, digest: str) -> None:
-        with self._thread_lock:
-            self._mounted.pop(digest, None)
-            target = self.mounts_dir / digest
-            mounts.umount(str(target), mounts.MNT_DETACH)
-            with contextlib.suppress(FileNotFoundError):
-                target.rmdir()
+        self._unmount(digest)
         (self.dir / f"{digest}.json").unlink(missing_ok=True)
         self.file(digest).unlink(missing_ok=True)
         self._collect()
+
+    def _unmount(self, digest: str) -> None:
+        self._mounted.pop(digest, None)
+        target = self.mounts_dir / digest
+        mounts.umount(str(target), mounts.MNT_DETACH)
+        with contextlib.suppress(FileNotFoundError):
+            target.rmdir()
 
     def _collect(self) -> int:
         """Remove the blobs that no description names; with the lock. Nothing where one can't be read: it may name any.
@@ -199,16 +240,16 @@ class ImageStore:
                 hint="remove that file: the images stay and can be named by their digests",
             ) from error
 
-    def _names_by_digest(self) -> dict[str, tuple[str, ...]]:
-        found: dict[str, tuple[str, ...]] = {}
+    def _names_by_digest(self) -> Names:
+        found: Names = {}
         for name, digest in sorted(self._names().items()):
             found[digest] = (*found.get(digest, ()), name)
         return found
 
     def _write_names(self, names: dict[str, str]) -> None:
-        _replace(self.dir / "names.json", json.dumps(names, indent=1, sort_keys=True))
+        durable.replace(self.dir / "names.json", json.dumps(names, indent=1, sort_keys=True))
 
-    def _read(self, digest: str, names: dict[str, tuple[str, ...]]) -> Image:
+    def _read(self, digest: str, names: Names) -> Image:
         try:
             text = (self.dir / f"{digest}.json").read_text()
         except FileNotFoundError:
@@ -250,8 +291,10 @@ class ImageStore:
             return build.finish(tree, config, names, d)
 
     def sweep(self) -> None:
-        """Remove the builds whose processes are all gone, and EROFS files that never became an image."""
+        """Remove the builds whose processes are all gone, and files that never became a part of an image."""
         with self._lock():
+            durable.sweep(self.dir)
+            durable.make_private(self.dir.glob("*.json"))
             for path in self._tmp.iterdir():
                 if _abandoned(path):
                     _remove_tree(path)
@@ -284,13 +327,24 @@ class ImageStore:
                 self.blobs.take(find(digest), digest)
             self._keep(prepared, find)
             self.blobs.put(raw)
+            self.blobs.sync()
             if prepared.file is not None:
-                prepared.file.chmod(0o400)
-                os.chown(prepared.file, os.geteuid(), os.getegid())
-                prepared.file.rename(self.file(prepared.digest))
+                self._place(prepared.file, prepared.digest)
             self._describe(prepared.digest, config or prepared.config, prepared.manifest, repo_digest)
             self._write_names({**self._names(), **dict.fromkeys(map(parse_name, names), prepared.digest)})
         return self._read(prepared.digest, self._names_by_digest())
+
+    def _place(self, file: Path, digest: str) -> None:
+        """Put an image's file system where it is looked for, also in the place of one that a power cut has cut short.
+
+        Environments that stand on the old one keep it until they end.
+        """
+        file.chmod(0o400)
+        os.chown(file, os.geteuid(), os.getegid())
+        if self.file(digest).exists():
+            self._unmount(digest)
+        file.rename(self.file(digest))
+        durable.sync([self.dir])
 
     def _keep(self, prepared: intake.Prepared, find: Callable[[str], Path]) -> None:
         """What was here and has been removed meanwhile comes from elsewhere, or the image does not. Raises Conflict."""
@@ -306,21 +360,23 @@ class ImageStore:
 
     def _describe(self, digest: str, config: ImageConfig, manifest: str, repo_digest: str) -> None:
         """Write the description; of an image that was here, only what is new: its manifest and where it was seen."""
+        size_bytes = self.file(digest).stat().st_size
         try:
             old = self._read(digest, {})
-        except NotFound:
-            old = Image(digest, config, self.file(digest).stat().st_size, time.time_ns())
+        except (NotFound, StoreError):
+            old = Image(digest, config, size_bytes, time.time_ns())
         seen = dict.fromkeys([*old.repo_digests, *([repo_digest] if repo_digest else [])])
-        new = replace(old, manifest=old.manifest or manifest, repo_digests=tuple(seen))
+        new = replace(old, size_bytes=size_bytes, manifest=old.manifest or manifest, repo_digests=tuple(seen))
         if new != old or not (self.dir / f"{digest}.json").exists():
-            _replace(self.dir / f"{digest}.json", json.dumps(new.description(), indent=1))
+            durable.replace(self.dir / f"{digest}.json", json.dumps(new.description(), indent=1))
 
     def find(self, digest: str) -> Image | None:
         """The image of this whole digest, if it is here whole."""
-        try:
-            return self._read(digest, {}) if self.file(digest).exists() else None
-        except (NotFound, StoreError):
-            return None
+        with contextlib.suppress(NotFound, StoreError, FileNotFoundError):
+            image = self._read(digest, {})
+            if self.file(digest).stat().st_size == image.size_bytes:
+                return image
+        return None
 
     def manifest(self, image: Image) -> Manifest:
         """The OCI form of an image. Raises Unsupported for one that has none: it was made by an older version."""
@@ -339,21 +395,44 @@ class ImageStore:
             for digest in other._blobs_of(image):
                 if not self.blobs.has(digest):
                     _link_or_copy(other.blobs.path(digest), self.blobs.path(digest))
+                    durable.sync([self.blobs.path(digest)])
+            self.blobs.sync()
             if self.find(image.digest) is None:
                 _link_or_copy(other.file(image.digest), build.path / "image.erofs")
-                (build.path / "image.erofs").rename(self.file(image.digest))
-                _replace(self.dir / f"{image.digest}.json", json.dumps(image.description(), indent=1))
+                durable.sync([build.path / "image.erofs"])
+                self._place(build.path / "image.erofs", image.digest)
+                durable.replace(self.dir / f"{image.digest}.json", json.dumps(image.description(), indent=1))
             self._write_names({**self._names(), **dict.fromkeys(map(parse_name, names), image.digest)})
         return self._read(image.digest, self._names_by_digest())
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
-        descriptor = os.open(self.dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        """The one lock of the store: against our own threads first, then against other processes.
+
+        Under it nobody is waited for who may want it. Raises StoreError instead of waiting forever.
+        """
+        d = Deadline(_LOCK_S)
+        if not self._thread_lock.acquire(timeout=_LOCK_S):
+            raise self._stuck()
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
+            descriptor = os.open(self.dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                while not _locked(descriptor):
+                    if d.passed:
+                        raise self._stuck()
+                    time.sleep(_LOCK_POLL_S)
+                yield
+            finally:
+                os.close(descriptor)
         finally:
-            os.close(descriptor)
+            self._thread_lock.release()
+
+    def _stuck(self) -> StoreError:
+        return StoreError(
+            f"somebody else has had the image store for {_LOCK_S:.0f} s: {self.dir}/lock",
+            stage="lock",
+            hint="`lslocks` shows which process; a disk that hangs is another reason",
+        )
 
     # Mounts
 
@@ -364,7 +443,7 @@ class ImageStore:
         with contextlib.suppress(OSError):
             if known is not None and target.stat().st_dev == known:
                 return target
-        with self._thread_lock, self._lock():
+        with self._lock():
             if not self._is_ours(digest):
                 self._mount(digest)
             self._mounted[digest] = target.stat().st_dev
@@ -395,7 +474,7 @@ class ImageStore:
 
     def unmount_all(self) -> None:
         """Unmount every image of this root. Environments that still use one keep it until they end."""
-        with self._thread_lock, self._lock():
+        with self._lock():
             self._mounted.clear()
             mounts.umount_below(str(self.mounts_dir))
             for directory in self.mounts_dir.iterdir():
@@ -446,14 +525,17 @@ def _link_or_copy(source: Path, target: Path) -> None:
         shutil.copy2(source, target)
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write whole or not at all; on disk before it is seen, because a description stands for a file of megabytes."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    with temporary.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.rename(path)
+def _is_by_digest(name: str, image: Image) -> bool:
+    prefix = digest_prefix(name)
+    return "@" in name or (name not in image.names and prefix != "" and image.digest.startswith(prefix))
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _abandoned(path: Path) -> bool:

@@ -158,6 +158,15 @@ def test_an_archive_that_is_both_keeps_its_manifest(store: ImageStore) -> None:
     assert names == ("both:1",) and image.manifest == manifest["digest"]
 
 
+def test_a_name_that_meant_another_image_is_told(store: ImageStore) -> None:
+    ((first, _),) = load(store, tar(docker_members(LAYERS, ["one:1", "two:1"])))
+    moved: list[tuple[str, str]] = []
+    for _ in range(2):  # the second time nothing moves
+        load(store, tar(docker_members(LAYERS[:1], ["one:1", "new:1"])), moved=lambda *pair: moved.append(pair))
+    assert moved == [("one:1", first.digest)]
+    assert store.resolve("two:1").digest == first.digest != store.resolve("one:1").digest
+
+
 def test_what_is_here_keeps_its_form(store: ImageStore) -> None:
     blobs, manifest = oci_members(LAYERS, {REF_NAME: "one"})
     load(store, tar(layout(blobs, [manifest])))
@@ -444,6 +453,30 @@ def test_a_damaged_blob_is_found_while_it_is_saved(store: ImageStore) -> None:
     with pytest.raises(StoreError) as caught:
         saved(store, "one:1")
     assert caught.value.stage == "digest-mismatch"
+
+
+def test_an_image_that_is_removed_while_it_is_saved_is_saved_whole(store: ImageStore, tmp_path: Path) -> None:
+    ((image, _),) = load(store, tar(docker_members(LAYERS)))
+    descriptor = os.open(tmp_path / "saved", os.O_WRONLY | os.O_CREAT)
+
+    def remove(*_: object) -> None:
+        if store.list():
+            store.remove("one:1")
+
+    saving.save(store, ["one:1"], descriptor, progress=remove)
+    os.close(descriptor)
+    assert store.list() == []
+    assert [one.digest for one, _ in load(store, (tmp_path / "saved").read_bytes())] == [image.digest]
+
+
+def test_a_blob_that_is_missing_is_no_error_of_writing(store: ImageStore) -> None:
+    ((image, _),) = load(store, tar(docker_members(LAYERS)))
+    path = store.blobs.path(store.manifest(image).layers[0].digest)
+    path.rename(store.root / "elsewhere")
+    with pytest.raises(NotFound, match="the image one:1 can't be saved"):
+        saved(store, "one:1")
+    assert (store.root / "saved").read_bytes() == b""
+    (store.root / "elsewhere").rename(path)
 
 
 # Importing

@@ -21,6 +21,7 @@ from isolat.images.oci import CONFIG, LAYER_GZIP, Descriptor, Platform, digest_o
 from isolat.images.store import ImageStore
 from isolat.linux.cgroup import Limits
 from isolat.places.base import CgroupFacts, CgroupMode
+from tests.support.archives import docker_members, layer, load, tar
 
 # buildah's words
 
@@ -318,6 +319,20 @@ def test_a_layer_that_is_something_else_is_refused(layout: Layout, tmp_path: Pat
 def test_layers_that_are_known_seem_to_be_there(tmp_path: Path) -> None:
     bases.empty_layout(tmp_path / "out", [digest_of(b"a")])
     assert (tmp_path / "out/blobs/sha256" / hashlib.sha256(b"a").hexdigest()).stat().st_size == 0
+
+
+def test_a_base_that_is_removed_while_it_is_built_on_is_no_loss(tmp_path: Path) -> None:
+    store = ImageStore(tmp_path)
+    ((image, _),) = load(store, tar(docker_members([layer("one")], ["one:1"])))
+    manifest = store.manifest(image)
+    with store.build() as build:
+        held = bases.Held(store, build.path / "blobs")
+        assert list(held.layers().values()) == list(manifest.layers)
+        held.hold(image)  # which it is already
+        store.remove("one:1")
+        assert list(store.blobs.all()) == []
+        bases.export(manifest, held, tmp_path / "out")
+        assert store.add_manifest(manifest.raw, held.find, ["two"], build=build).digest == image.digest
 
 
 def test_an_image_without_files_of_its_own_is_no_base(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from isolat.images.building.group import Group
 from isolat.images.building.sandbox import Sandbox, Settings, View
 from isolat.images.building.storage import DISK_BYTES, Workplace
 from isolat.images.image import Image
-from isolat.images.oci import Descriptor, Platform, own_platform
+from isolat.images.oci import Descriptor, Manifest, Platform, own_platform
 from isolat.images.progress import Progress
 from isolat.images.reference import parse_reference
 from isolat.images.store import Build, ImageStore
@@ -71,6 +71,7 @@ class Found:
 
     base: containerfile.Base
     image: Image
+    manifest: Manifest
 
 
 class CacheDamaged(StoreError):
@@ -99,6 +100,7 @@ class Job:
         self._group = group
         self._machine = machine
         self._pull = pull
+        self._held = bases.Held(store, build.path / "blobs")
         self.settled = False
 
     def run(self, root: Path, uid_base: int, found_tools: tools.Tools) -> Image:
@@ -106,7 +108,7 @@ class Job:
         request = self._request
         found = self._resolve(request.text) if request.text is not None else []
         self._make_directories()
-        known = bases.known_layers(self._store)
+        known = self._held.layers()
         bases.empty_layout(self._place.work / "out", tuple(known))
         settings = self._settings(root, uid_base, found_tools)
         with Sandbox(settings, self._telling.gone) as sandbox:
@@ -128,7 +130,11 @@ class Job:
         wanted = containerfile.bases(text, request.options.arguments, request.options.target, request.options.platform)
         if containerfile.has_heredoc(text):
             self._telling.line("note: here-documents (<<EOF) need buildah 1.33; older ones take their lines for steps")
-        return [Found(base, self._image(base.name)) for base in wanted]
+        return [self._found(base) for base in wanted]
+
+    def _found(self, base: containerfile.Base) -> Found:
+        image = self._image(base.name)
+        return Found(base, image, self._held.hold(image))
 
     def _image(self, name: str) -> Image:
         request = self._request
@@ -225,12 +231,12 @@ class Job:
     def _give(self, sandbox: Sandbox, found: Sequence[Found]) -> None:
         """Let buildah have the bases, under the names that the Containerfile calls them by."""
         there = self._listed(sandbox)
-        for image in {one.image.digest: one.image for one in found}.values():
+        for image, manifest in {one.image.digest: (one.image, one.manifest) for one in found}.values():
             if image.digest not in {id for id, _ in there}:
                 self._telling.progress(
                     f"unpacking the base image {image.names[0] if image.names else image.digest}", 0, 0
                 )
-                bases.export(self._store, image, self._build.path / "bases" / image.digest)
+                bases.export(manifest, self._held, self._build.path / "bases" / image.digest)
                 argv = ["buildah", "pull", f"oci:{interior.BASES}/{image.digest}:{bases.TAG}"]
                 self._quietly(sandbox, argv, "giving buildah a base image")
             names = [name for name in _tags(found, image) if (image.digest, name) not in there]
@@ -295,18 +301,14 @@ class Job:
     def _take_in(self, image: str, known: Mapping[str, Descriptor]) -> Image:
         layout = self._place.work / "out"
         raw, raw_config, copied = output.manifest(layout, known, f"sha256:{image}")
-        blobs = self._build.path / "blobs"
-        blobs.mkdir(mode=0o700)
-        (blobs / image).write_bytes(raw_config)
+        # What is held already has been verified, and is the store's own: it must not be written to
+        if not self._held.path(f"sha256:{image}").exists():
+            self._held.path(f"sha256:{image}").write_bytes(raw_config)
         for layer in copied:
-            output.copy(layout, layer, blobs / layer.digest.removeprefix("sha256:"))
-
-        def find(digest: str) -> Path:
-            own = blobs / digest.removeprefix("sha256:")
-            return own if own.exists() else self._store.blobs.path(digest)
-
+            if not self._held.path(layer.digest).exists():
+                output.copy(layout, layer, self._held.path(layer.digest))
         return self._store.add_manifest(
-            raw, find, self._request.names, build=self._build, progress=self._telling.progress
+            raw, self._held.find, self._request.names, build=self._build, progress=self._telling.progress
         )
 
 

@@ -90,8 +90,9 @@ class Incoming:
 
     def _offer(self, blob: Descriptor) -> bool:
         with contextlib.suppress(FileNotFoundError):
-            os.link(self._blobs.path(blob.digest), self.path(blob.digest))
-            return True
+            if self._blobs.has(blob.digest, blob.size_bytes):
+                os.link(self._blobs.path(blob.digest), self.path(blob.digest))
+                return True
         return self._kept.link(blob, self.path(blob.digest))
 
     def create(self, digest: str) -> int:
