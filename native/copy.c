@@ -148,6 +148,7 @@ static bool few_capabilities(void)
 bool copy_enter(Copy *c)
 {
     c->root = open(c->root_path, O_PATH | O_DIRECTORY | O_CLOEXEC);
+    c->fds = open("/proc/self/fd", O_PATH | O_DIRECTORY | O_CLOEXEC);
     c->disk = c->disk_path ? open(c->disk_path, O_RDONLY | O_DIRECTORY | O_CLOEXEC) : -1;
     if (c->root < 0 || (c->disk_path && c->disk < 0))
         return false;

@@ -70,6 +70,7 @@ typedef struct {
     char path[TAR_PATH];
     bool inside; /* the root of this process is the environment's: its links are followed, what is there is replaced */
     bool owners; /* those of the archive, else root */
+    int fds;     /* inside: /proc/self/fd, or -1; what is open gets its name through it */
     struct Late *late;
 } Tree;
 bool unpack_one(Tape *t, Tree *tree, Entry *e);

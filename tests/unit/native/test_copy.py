@@ -13,6 +13,7 @@ import stat
 import subprocess
 import tarfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -193,6 +194,113 @@ def test_gnu_tars_archives_are_read(root: Path, tmp_path: Path) -> None:
         assert (root / "there" / ("x" * 120)).is_dir()
     st = (root / "there" / ("x" * 120) / "holes").stat()
     assert (st.st_size, st.st_blocks < 100) == (1 << 30, True)
+
+
+# whole or not at all
+
+
+def _again(tar: tarfile.TarFile) -> None:
+    _add(tar, "a", data=b"words")
+    _add(tar, "a", tarfile.LNKTYPE, target="./a")
+    _add(tar, "b", tarfile.LNKTYPE, target="a")
+    _add(tar, "b", tarfile.LNKTYPE, target="a")
+
+
+def test_a_name_that_is_a_further_name_of_itself_stays(root: Path) -> None:
+    _in(root, "/there", _archive(_again), "--archive", name="")
+    assert (root / "there/a").read_bytes() == (root / "there/b").read_bytes() == b"words"
+    assert sorted(os.listdir(root / "there")) == ["a", "b"]  # noqa: PTH208
+    assert (root / "there/a").stat().st_nlink == 2
+
+
+def _one_big(tar: tarfile.TarFile) -> None:
+    _add(tar, "0", data=os.urandom(3 << 20))
+
+
+BIG = _archive(_one_big)
+
+
+@pytest.fixture(params=["of proc", "without proc"])
+def without_proc(request: pytest.FixtureRequest) -> list[str]:
+    """Words in front of the program. Files without a name get one through /proc, where there is one."""
+    if request.param == "of proc":
+        return []
+    return ["unshare", "-m", "sh", "-c", 'mount -t tmpfs x /proc && exec "$@"', "sh"]
+
+
+def test_what_is_cut_off_leaves_what_was_there(root: Path, without_proc: list[str]) -> None:
+    before = (root / "file").stat().st_ino
+    for path, cut in (("/file", 1 << 20), ("/new", 1 << 20), ("/there", 2 << 20)):
+        argv = [*without_proc, str(BUILD / "isolat-agent"), "--copy-in", "--root", str(root), path, "it"]
+        done = subprocess.run(argv, input=BIG[:cut], capture_output=True, timeout=60, check=False)
+        assert (done.returncode, b"ends too early" in done.stderr or b"Bad message" in done.stderr) == (FAILED, True)
+    assert ((root / "file").read_text(), (root / "file").stat().st_ino) == ("old", before)
+    assert sorted(path.name for path in root.iterdir()) == ["etc", "file", "there"]
+    assert not list((root / "there").iterdir())
+    argv = [*without_proc, str(BUILD / "isolat-agent"), "--copy-in", "--root", str(root), "/file", "it"]
+    subprocess.run(argv, input=BIG, capture_output=True, timeout=60, check=True)
+    assert ((root / "file").stat().st_size, (root / "file").stat().st_mode & 0o777) == (3 << 20, 0o750)
+    assert sorted(path.name for path in root.iterdir()) == ["etc", "file", "there"]
+
+
+def test_who_kills_it_finds_what_was_there_and_nothing_else(root: Path) -> None:
+    argv = [str(BUILD / "isolat-agent"), "--copy-in", "--root", str(root), "/file", "it"]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        process.stdin.write(BIG[: 2 << 20])
+        process.stdin.flush()
+        end = time.monotonic() + 20
+        while not any("root/#" in target or "(deleted)" in target for target in _open_files(process.pid)):
+            assert time.monotonic() < end
+        process.kill()
+    assert (root / "file").read_text() == "old"
+    assert sorted(path.name for path in root.iterdir()) == ["etc", "file", "there"]
+
+
+def _open_files(pid: int) -> list[str]:
+    return [str(fd.readlink()) for fd in Path(f"/proc/{pid}/fd").iterdir()]
+
+
+@pytest.mark.parametrize("old", [200, 2])
+def test_where_there_is_no_room_left_nothing_is_lost(root: Path, old: int) -> None:
+    """Neither what is old and large, which would make some room, nor what is small."""
+    data = root.parent / "data"
+    data.write_bytes(BIG)
+    program = (
+        f"mount -t tmpfs -o size=1m x {root}/there && head -c {old}k /dev/zero | tr '\\0' x > {root}/there/it;"
+        f" {BUILD}/isolat-agent --copy-in --root {root} /there it < {data}; echo $?;"
+        f" stat -c %s {root}/there/it; ls -A {root}/there"
+    )
+    done = subprocess.run(["unshare", "-m", "sh", "-c", program], capture_output=True, timeout=60, check=True)
+    assert done.stdout.decode().split() == ["1", str(old << 10), "it"], done.stderr
+    assert b"No space left" in done.stderr
+
+
+def test_what_is_mounted_on_is_written_to(root: Path) -> None:
+    (root.parent / "hosts").write_text("a long line that was there before\n")
+    data = root.parent / "data"
+    data.write_bytes(FILE)
+    copying = f"{BUILD}/isolat-agent --copy-in --root {root} /file it < {data}"
+    program = f"mount --bind {root.parent}/hosts {root}/file && {copying}"
+    done = subprocess.run(["unshare", "-m", "sh", "-c", program], capture_output=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (root.parent / "hosts").read_text() == "words"
+    assert (root / "file").read_text() == "old"
+    assert sorted(path.name for path in root.iterdir()) == ["etc", "file", "there"]
+
+
+def test_in_an_overlay_names_are_taken_as_anywhere(root: Path) -> None:
+    for name in ("up", "work", "merged"):
+        (root.parent / name).mkdir()
+    data, at = root.parent / "data", root.parent
+    data.write_bytes(_archive(_again))
+    program = (
+        f"mount -t overlay x -o lowerdir={root},upperdir={at}/up,workdir={at}/work {at}/merged && echo o > {at}/merged/b;"
+        f" for n in 1 2; do {BUILD}/isolat-agent --copy-in --root {at}/merged --archive / '' < {data} || exit; done;"
+        f" cat {at}/merged/a {at}/merged/b; ls -A {at}/merged"
+    )
+    done = subprocess.run(["unshare", "-m", "sh", "-c", program], capture_output=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout.decode()) == (0, "wordswordsa\nb\netc\nfile\nthere\n"), done.stderr
 
 
 # what comes out
