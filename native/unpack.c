@@ -217,23 +217,34 @@ static void finish_later(Tree *tree, const Entry *e)
     tree->late = l;
 }
 
+/* At once, since records are only there until the next entry; owner and mode change nothing about them. */
+static bool dress_directory(const Tree *tree, const Entry *e, int dir, const char *name)
+{
+    if (!tree->owners || !e->extra.n)
+        return true;
+    int fd = openat(dir, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    bool fine = fd >= 0 && attributes(fd, e);
+    int error = errno;
+    close_fd(&fd);
+    errno = error;
+    return fine;
+}
+
 /* One that is there is as good. A link to one stays a link, for those who may follow it. */
 static bool make_directory(Tree *tree, const Entry *e, int dir, const char *name)
 {
     struct stat st;
-    if (!mkdirat(dir, name, 0700)) {
-        finish_later(tree, e);
-        return true;
+    if (mkdirat(dir, name, 0700)) {
+        if (errno != EEXIST || fstatat(dir, name, &st, AT_SYMLINK_NOFOLLOW))
+            return false;
+        if (!S_ISDIR(st.st_mode)) {
+            int fd = S_ISLNK(st.st_mode) ? part(tree, dir, name) : -1;
+            errno = ENOTDIR;
+            return fd >= 0 && !close(fd);
+        }
     }
-    if (errno != EEXIST || fstatat(dir, name, &st, AT_SYMLINK_NOFOLLOW))
-        return false;
-    if (S_ISDIR(st.st_mode)) {
-        finish_later(tree, e);
-        return true;
-    }
-    int fd = S_ISLNK(st.st_mode) ? part(tree, dir, name) : -1;
-    errno = ENOTDIR;
-    return fd >= 0 && !close(fd);
+    finish_later(tree, e);
+    return dress_directory(tree, e, dir, name);
 }
 
 static bool same_file(int dir, const char *name, int other_dir, const char *other)
