@@ -71,7 +71,13 @@ static void attributes(int fd, Buf *records)
         }
 }
 
-static Walk written(bool fine) { return fine || volume_complain("writing", walked) ? WALK_INTO : WALK_STOP; }
+/* What is left out is not remembered: its next name may be one that is not. */
+static Walk written(bool fine, const struct stat *st)
+{
+    if (fine)
+        tree_remember(st);
+    return fine || volume_complain("writing", walked) ? WALK_INTO : WALK_STOP;
+}
 
 /* `e` says what it was when it was looked at; what is opened is what it is now. */
 static Walk put_file(int dir, const char *name, Entry *e)
@@ -87,7 +93,7 @@ static Walk put_file(int dir, const char *name, Entry *e)
     }
     attributes(fd, &records);
     e->extra = buf_span(&records);
-    Walk next = written(tar_put(&tape, e, fd, (uint64_t)st.st_size, true));
+    Walk next = written(tar_put(&tape, e, fd, (uint64_t)st.st_size, true), &st);
     buf_free(&records);
     close(fd);
     return next;
@@ -104,7 +110,7 @@ static Walk put_directory(int dir, const char *name, Entry *e, const struct stat
     begun = true;
     attributes(fd, &records);
     e->extra = buf_span(&records);
-    Walk next = written(tar_write(&tape, e));
+    Walk next = written(tar_write(&tape, e), st);
     buf_free(&records);
     close(fd);
     return next == WALK_INTO && over ? WALK_OVER : next;
@@ -121,9 +127,9 @@ static Walk put_one(int dir, const char *name, const struct stat *st)
     case '0': return put_file(dir, name, &e);
     case '5': return put_directory(dir, name, &e, st);
     case '3':
-    case '4': return copy->whole ? written(tar_write(&tape, &e)) : left_out("it is a device");
+    case '4': return copy->whole ? written(tar_write(&tape, &e), st) : left_out("it is a device");
     case 0: return left_out("it is a socket");
-    default: return written(tar_write(&tape, &e));
+    default: return written(tar_write(&tape, &e), st);
     }
 }
 

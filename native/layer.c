@@ -200,28 +200,44 @@ static bool put_open(Entry *e, int fd, const struct stat *st)
     return fine || failed("writing");
 }
 
-/* What is no directory. */
+static bool left_out(const char *why)
+{
+    dprintf(2, "left out: \"%.250s\": %s\n", path, why);
+    return true;
+}
+
+static bool put_file(Entry *e, int dir, const char *name)
+{
+    struct stat now;
+    int fd = openat(dir, name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
+    if (fd < 0)
+        return errno == ENOENT || failed("opening");
+    bool file = !fstat(fd, &now) && S_ISREG(now.st_mode), fine = !file || put_open(e, fd, &now);
+    if (file && fine)
+        tree_remember(&now);
+    close(fd);
+    return fine;
+}
+
+/* What is no directory. The first of a file's names that is kept has its content, the others lead to that one. */
 static bool put_other(int dir, const char *name, const struct stat *st)
 {
     static Entry e;
-    struct stat now;
+    if (!strncmp(name, WHITEOUT, strlen(WHITEOUT)))
+        return left_out("a layer has no such name");
     strcpy(walked, path);
     if (!tree_entry(&e, dir, name, st)) /* it has gone, or is no link any more */
         return errno == ENOENT || errno == EINVAL || failed("reading");
     if (!inside(&e))
         return false;
-    if (!e.type || !strncmp(name, WHITEOUT, strlen(WHITEOUT))) {
-        dprintf(2, "left out: \"%.250s\": %s\n", path, e.type ? "a layer has no such name" : "it is a socket");
-        return true;
-    }
-    if (e.type != '0')
-        return tar_write(&tape, &e) || failed("writing");
-    int fd = openat(dir, name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
-    if (fd < 0)
-        return errno == ENOENT || failed("opening");
-    bool fine = fstat(fd, &now) || !S_ISREG(now.st_mode) || put_open(&e, fd, &now);
-    close(fd);
-    return fine;
+    if (!e.type)
+        return left_out("it is a socket");
+    if (e.type == '0')
+        return put_file(&e, dir, name);
+    if (!tar_write(&tape, &e))
+        return failed("writing");
+    tree_remember(st);
+    return true;
 }
 
 static bool put_directory(int fd, const struct stat *st, bool hides)

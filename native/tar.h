@@ -57,8 +57,8 @@ extern char walked[TAR_PATH]; /* the path of what is visited */
 bool tree_walk(int dir, const char *name, const char *as, Visit visit); /* what goes meanwhile is left out */
 char **tree_names(int dir);            /* sorted, to be freed with tree_free; NULL with errno */
 void tree_free(char **names);
-const char *tree_known_as(const struct stat *st); /* of a file with several names: the first that was walked, NULL: this */
 bool tree_entry(Entry *e, int dir, const char *name, const struct stat *st); /* what stands in an archive, as `walked` */
+void tree_remember(const struct stat *st); /* it does stand there: its other names lead to this one */
 void many_descriptors(void); /* one is open for each level of a tree */
 bool volume_complain(const char *what, const char *path); /* false, with errno's words on stderr */
 bool volume_wrong(const char *what, const char *path, int error);

@@ -5,10 +5,12 @@ The root is a directory here, and the program changes its root to that, as it do
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import io
 import os
 import random
+import socket
 import stat
 import subprocess
 import tarfile
@@ -295,7 +297,8 @@ def test_in_an_overlay_names_are_taken_as_anywhere(root: Path) -> None:
     data, at = root.parent / "data", root.parent
     data.write_bytes(_archive(_again))
     program = (
-        f"mount -t overlay x -o lowerdir={root},upperdir={at}/up,workdir={at}/work {at}/merged && echo o > {at}/merged/b;"
+        f"mount -t overlay x -o lowerdir={root},upperdir={at}/up,workdir={at}/work {at}/merged &&"
+        f" echo o > {at}/merged/b;"
         f" for n in 1 2; do {BUILD}/isolat-agent --copy-in --root {at}/merged --archive / '' < {data} || exit; done;"
         f" cat {at}/merged/a {at}/merged/b; ls -A {at}/merged"
     )
@@ -377,6 +380,23 @@ def test_attributes_go_along(root: Path) -> None:
     assert os.listxattr(root / "plain") == []
 
 
+def test_attributes_of_directories_go_along(root: Path) -> None:
+    (root / "there/deep").mkdir()
+    try:
+        for name in ("there", "there/deep"):
+            os.setxattr(root / name, "user.note", name.encode())
+    except OSError:
+        pytest.skip("this file system has no attributes of users")
+    data, _ = _out(root, "/there")
+    (root / "etc/it/deep").mkdir(parents=True)
+    for path, lands in (("/new", "new"), ("/etc", "etc/it")):
+        _in(root, path, data, "--owners")
+        assert os.getxattr(root / lands, "user.note") == b"there"
+        assert os.getxattr(root / lands / "deep", "user.note") == b"there/deep"
+    _in(root, "/plain", data)
+    assert os.listxattr(root / "plain/deep") == []
+
+
 @pytest.mark.parametrize(
     ("path", "options", "kind", "link"),
     [("/way", (), tarfile.SYMTYPE, "there"), ("/way/", (), tarfile.DIRTYPE, ""), ("/", (), tarfile.DIRTYPE, ""),
@@ -408,6 +428,20 @@ def test_devices_and_sockets_are_left_out_and_told(root: Path) -> None:
     assert done.stderr == b'left out: "/there/null": it is a device\n'
     alone = _run("--copy-out", "--root", root, "/there/null", "0")
     assert (alone.returncode, alone.stderr) == (FAILED, b'"/there/null": it is a device\n')
+
+
+def test_what_is_left_out_is_so_under_each_of_its_names(root: Path) -> None:
+    at = root / "there"
+    os.mknod(at / "a", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as made:
+        made.bind(str(at / "c"))
+    os.link(at / "a", at / "b")
+    os.link(at / "c", at / "d")
+    done = _run("--copy-out", "--root", root, "/there", "0")
+    assert done.stderr.count(b"left out: ") == 4
+    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as tar:
+        assert tar.getnames() == ["0"]
+    _in(root, "/back", done.stdout)
 
 
 def test_the_whole_is_without_what_is_mounted_in_it(root: Path) -> None:
