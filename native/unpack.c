@@ -317,17 +317,31 @@ static bool make_node(const Tree *tree, const Entry *e, int dir, const char *nam
                      e->type == '2' ? dress_symlink(tree, e, dir, now) : dress_fifo(tree, e, dir, now));
 }
 
-/* "./a" is "a", and so is "/a" where the root is meant anyway. */
+/* "./a" is "a", and so are "/a", where the root is meant anyway, and "a/"; "a//./b" is "a/b". */
 static void tidy(const Tree *t, char *path)
 {
-    size_t n = strlen(path), skip = 0;
+    size_t n = strlen(path);
+    char *to = path;
     while (n > 1 && path[n - 1] == '/')
         path[--n] = 0;
     if (!t->inside)
         return;
-    while (path[skip] == '/' || (path[skip] == '.' && (path[skip + 1] == '/' || !path[skip + 1])))
-        skip++;
-    memmove(path, path + skip, n - skip + 1);
+    for (const char *at = path; *at;) {
+        size_t m = strcspn(at, "/");
+        bool counts = m && !(m == 1 && *at == '.');
+        if (counts && to > path)
+            *to++ = '/';
+        memmove(to, at, counts ? m : 0);
+        to += counts ? m : 0;
+        at += m + (at[m] == '/');
+    }
+    *to = 0;
+}
+
+static bool left_out(const Entry *e, const char *why)
+{
+    dprintf(2, "left out: \"%.250s\": %s\n", e->path, why);
+    return true;
 }
 
 bool unpack_one(Tape *t, Tree *tree, Entry *e)
@@ -348,6 +362,11 @@ bool unpack_one(Tape *t, Tree *tree, Entry *e)
     case '5': fine = make_directory(tree, e, dir, name); break;
     case '2':
     case '6': fine = make_node(tree, e, dir, name); break;
+    case '3':
+    case '4':
+        if (tree->inside)
+            return left_out(e, "it is a device");
+        /* fall through */
     default: errno = EINVAL;
     }
     return fine || volume_complain("unpacking", e->path);
@@ -368,8 +387,8 @@ static bool finish_one(Tree *tree, const Late *l)
 bool unpack_finish(Tree *tree)
 {
     bool fine = true;
-    for (Late *l = tree->late; l && fine; l = l->next)
-        fine = finish_one(tree, l);
+    for (Late *l = tree->late; l; l = l->next) /* one that is no more is no reason to leave the others closed */
+        fine = finish_one(tree, l) && fine;
     close_fd(&tree->parent);
     return fine;
 }
