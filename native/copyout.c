@@ -9,7 +9,7 @@
 #include <sys/xattr.h>
 #include <unistd.h>
 
-enum { ATTRIBUTE_NAMES = 16 << 10, ATTRIBUTE_BYTES = 64 << 10 };
+enum { ATTRIBUTE_NAMES = 64 << 10, ATTRIBUTE_BYTES = 64 << 10 };
 
 static Tape tape;
 static const Copy *copy;
@@ -18,16 +18,21 @@ static size_t name_len; /* of what stands for it in the archive */
 static dev_t device; /* that it begins on */
 static bool begun;
 
+static void tell(const char *why)
+{
+    size_t n = strlen(at);
+    while (n > 1 && at[n - 1] == '/')
+        n--;
+    dprintf(2, "left out: \"%.*s%.250s\": %s\n", n < 250 ? (int)n : 250, at, walked + name_len, why);
+}
+
 static Walk left_out(const char *why)
 {
     if (!walked[name_len]) { /* it is all that was asked for */
         copy_refuse(COPY_FAILED, at, why);
         return WALK_STOP;
     }
-    size_t n = strlen(at);
-    while (n > 1 && at[n - 1] == '/')
-        n--;
-    dprintf(2, "left out: \"%.*s%.250s\": %s\n", n < 250 ? (int)n : 250, at, walked + name_len, why);
+    tell(why);
     return WALK_OVER;
 }
 
@@ -62,13 +67,12 @@ static bool goes_along(const char *name)
 
 static void attributes(int fd, Buf *records)
 {
-    static char names[ATTRIBUTE_NAMES], value[ATTRIBUTE_BYTES], key[300];
+    static char names[ATTRIBUTE_NAMES], value[ATTRIBUTE_BYTES];
     ssize_t n = flistxattr(fd, names, sizeof names), m;
     for (const char *next = names; n > 0 && next < names + n; next += strlen(next) + 1)
-        if (goes_along(next) && (m = fgetxattr(fd, next, value, sizeof value)) >= 0) {
-            snprintf(key, sizeof key, "SCHILY.xattr.%s", next);
-            tar_record(records, key, value, (size_t)m);
-        }
+        if (goes_along(next) && (m = fgetxattr(fd, next, value, sizeof value)) >= 0 &&
+            !tar_attribute(records, next, value, (size_t)m))
+            return tell(MANY_ATTRIBUTES);
 }
 
 /* What is left out is not remembered: its next name may be one that is not. */

@@ -25,7 +25,7 @@
 #include <sys/xattr.h>
 #include <unistd.h>
 
-enum { PATHS_MAX = 256, FREEZE_MS = 10000, ATTRIBUTE_NAMES = 16 << 10, ATTRIBUTE_BYTES = 64 << 10 };
+enum { PATHS_MAX = 256, FREEZE_MS = 10000, ATTRIBUTE_NAMES = 64 << 10, ATTRIBUTE_BYTES = 64 << 10 };
 #define WHITEOUT ".wh."
 #define OPAQUE_MARK ".wh..wh..opq"
 
@@ -35,6 +35,12 @@ static const char *own[PATHS_MAX], *mounts[PATHS_MAX];
 static size_t nown, nmounts, told;
 static char path[TAR_PATH];
 static Tape tape;
+
+static bool left_out(const char *why)
+{
+    dprintf(2, "left out: \"%.250s\": %s\n", path, why);
+    return true;
+}
 
 static bool failed(const char *what) { return volume_complain(what, path); }
 
@@ -163,7 +169,7 @@ static bool kept(const char *name)
 
 static void attributes(int fd, Buf *records)
 {
-    static char names[ATTRIBUTE_NAMES], key[300];
+    static char names[ATTRIBUTE_NAMES];
     static uint8_t value[ATTRIBUTE_BYTES];
     ssize_t n = flistxattr(fd, names, sizeof names), m;
     for (const char *at = names; n > 0 && at < names + n; at += strlen(at) + 1) {
@@ -174,8 +180,10 @@ static void attributes(int fd, Buf *records)
             size = plain_capability(value, size);
         else if (!strncmp(at, "system.posix_acl_", 17))
             plain_acl(value, size);
-        snprintf(key, sizeof key, "SCHILY.xattr.%s", at);
-        tar_record(records, key, value, size);
+        if (!tar_attribute(records, at, value, size)) {
+            left_out(MANY_ATTRIBUTES);
+            return;
+        }
     }
 }
 
@@ -198,12 +206,6 @@ static bool put_open(Entry *e, int fd, const struct stat *st)
     bool fine = S_ISDIR(st->st_mode) ? tar_write(&tape, e) : tar_put(&tape, e, fd, (uint64_t)st->st_size, true);
     buf_free(&records);
     return fine || failed("writing");
-}
-
-static bool left_out(const char *why)
-{
-    dprintf(2, "left out: \"%.250s\": %s\n", path, why);
-    return true;
 }
 
 static bool put_file(Entry *e, int dir, const char *name)

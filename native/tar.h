@@ -44,6 +44,7 @@ bool tar_pad(Tape *t, uint64_t size); /* after this much data */
 bool tar_finish(Tape *t);
 bool tar_mark(Tape *t, const char *name); /* one block: an empty file of this name */
 void tar_record(Buf *b, const char *key, const void *value, size_t n); /* for Entry.extra */
+bool tar_attribute(Buf *b, const char *name, const void *value, size_t n); /* the same; false: one entry can't have so many */
 bool tar_next_record(Span *rest, Span *key, Span *value);
 
 /* tardata.c */

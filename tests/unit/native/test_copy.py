@@ -198,6 +198,75 @@ def test_gnu_tars_archives_are_read(root: Path, tmp_path: Path) -> None:
     assert (st.st_size, st.st_blocks < 100) == (1 << 30, True)
 
 
+@pytest.mark.parametrize(("link", "lands"), [("new", "new"), ("second/", "there/new"), ("there//second", "there/new")])
+def test_slashes_behind_a_link_change_nothing_about_where_it_leads(root: Path, link: str, lands: str) -> None:
+    (root / "first").symlink_to(link)
+    (root / "second").symlink_to("there/second")
+    (root / "there/second").symlink_to("new")
+    _in(root, "/first//", TREE)
+    assert (root / lands / "f").read_bytes() == b"words"
+    assert len(list(root.iterdir())) == 5 + (lands == "new")
+
+
+def test_names_with_more_slashes_and_dots_than_they_need_are_names(root: Path) -> None:
+    def fill(tar: tarfile.TarFile) -> None:
+        for name in ("d//", "d//.///a", ".//d/./b/."):
+            _add(tar, name, *((b"0", name.encode()) if "a" in name else (tarfile.DIRTYPE,)))
+        _add(tar, "//.hidden", tarfile.LNKTYPE, target="d/.//a")
+        _add(tar, "..a", data=b"no parent")
+
+    _in(root, "/there", _archive(fill), "--archive", name="")
+    assert (root / "there/d/b").is_dir()
+    assert (root / "there/.hidden").read_bytes() == (root / "there/d/a").read_bytes() == b"d//.///a"
+    assert (root / "there/..a").exists()
+    _in(root, "/there", _archive(lambda tar: _add(tar, "d/../x")), "--archive", name="", code=FAILED)
+
+
+def test_devices_of_an_archive_are_left_out_and_told(root: Path) -> None:
+    def fill(tar: tarfile.TarFile) -> None:
+        _add(tar, "null", tarfile.CHRTYPE)
+        _add(tar, "disk", tarfile.BLKTYPE)
+        _add(tar, "after", data=b"words")
+
+    told = _in(root, "/there", _archive(fill), "--archive", name="")
+    assert told == 'left out: "null": it is a device\nleft out: "disk": it is a device\n'
+    assert [path.name for path in (root / "there").iterdir()] == ["after"]
+
+
+@pytest.mark.parametrize("length", [150, 2000])
+def test_records_of_an_entry_stay_its_own_beside_a_long_name(root: Path, length: int) -> None:
+    """Of two headers before an entry the second took the first one's memory, or gave it back."""
+    build = BUILD / "sanitize" if (BUILD / "sanitize/isolat-agent").exists() else BUILD
+    info = tarfile.TarInfo("x")
+    info.pax_headers = {"SCHILY.xattr.user.note": "kept" * 20}
+    name = "/".join(["d" * 50] * (length // 50))
+    both = info.tobuf(tarfile.PAX_FORMAT)[:1024] + _archive(lambda tar: _add(tar, name), tarfile.GNU_FORMAT)
+    done = _run("--copy-in", "--root", root, "--archive", "--owners", "/", "", input=both, build=build)
+    assert done.returncode == 0, done.stderr
+    assert (root / name).is_file()
+    if _has_attributes(root):
+        assert os.getxattr(root / name, "user.note") == b"kept" * 20
+
+
+def _has_attributes(root: Path) -> bool:
+    try:
+        os.setxattr(root / "file", "user.note", b"")
+    except OSError:
+        return False
+    return True
+
+
+def test_a_directory_that_is_no_more_leaves_the_others_no_less_open(root: Path) -> None:
+    def fill(tar: tarfile.TarFile) -> None:
+        _add(tar, "first", tarfile.DIRTYPE)
+        _add(tar, "way", tarfile.SYMTYPE, target="first")
+        _add(tar, "way/sub", tarfile.DIRTYPE)
+        _add(tar, "way", tarfile.SYMTYPE, target="nowhere")
+
+    assert "way/sub" in _in(root, "/there", _archive(fill), "--archive", name="", code=FAILED)
+    assert stat.S_IMODE((root / "there/first").stat().st_mode) == 0o750
+
+
 # whole or not at all
 
 
@@ -380,13 +449,36 @@ def test_attributes_go_along(root: Path) -> None:
     assert os.listxattr(root / "plain") == []
 
 
+def test_no_number_of_attributes_ends_it(root: Path) -> None:
+    """As many as a file may have: their names are more than 16 KiB, and all of it is more than a header may have."""
+    names = [f"user.{n:03}{'n' * 200}" for n in range(100)]
+    script = (
+        "import os, sys\n"
+        "for n in range(100):\n os.setxattr(sys.argv[1], f'user.{n:03}' + 'n' * 200, b'v' * int(sys.argv[2]))"
+    )
+    for size in (20, 12000):
+        program = (
+            f'mount -t tmpfs x {root}/there && touch {root}/there/f && python3 -c "{script}" {root}/there/f {size} ||'
+            f" exit 9; {BUILD}/isolat-agent --copy-out --root {root} /there/f 0"
+        )
+        done = subprocess.run(["unshare", "-m", "sh", "-c", program], capture_output=True, timeout=60, check=False)
+        if done.returncode == 9:
+            pytest.skip("tmpfs has no attributes of users")
+        assert done.returncode == 0, done.stderr
+        with tarfile.open(fileobj=io.BytesIO(done.stdout)) as tar:
+            found = {key.removeprefix("SCHILY.xattr.") for key in tar.getmembers()[0].pax_headers if "xattr" in key}
+        assert (found == set(names)) == (size == 20)
+        assert found
+        assert (b"some of its attributes" in done.stderr) == (size != 20)
+        _in(root, "/new", done.stdout)  # without: not every file system has room for so many
+
+
 def test_attributes_of_directories_go_along(root: Path) -> None:
     (root / "there/deep").mkdir()
-    try:
-        for name in ("there", "there/deep"):
-            os.setxattr(root / name, "user.note", name.encode())
-    except OSError:
+    if not _has_attributes(root):
         pytest.skip("this file system has no attributes of users")
+    for name in ("there", "there/deep"):
+        os.setxattr(root / name, "user.note", name.encode())
     data, _ = _out(root, "/there")
     (root / "etc/it/deep").mkdir(parents=True)
     for path, lands in (("/new", "new"), ("/etc", "etc/it")):
@@ -543,6 +635,11 @@ def test_who_exchanges_directories_for_links_gets_nothing_out_and_nothing_in(swa
             results.add(_run("--copy-in", "--root", swapped, path, "it", input=FILE).returncode)
     _canary_sings(swapped)
     assert 0 in results
+
+
+def test_who_renames_all_the_time_keeps_nobody_from_following_links(swapped: Path) -> None:
+    for _ in range(100):
+        assert _out(swapped, "/" + "there/../" * 20 + "file")[1][0].size == 3
 
 
 def test_damaged_archives_harm_nothing_but_themselves(root: Path, tmp_path: Path) -> None:
