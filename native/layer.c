@@ -225,8 +225,6 @@ static bool put_file(Entry *e, int dir, const char *name)
 static bool put_other(int dir, const char *name, const struct stat *st)
 {
     static Entry e;
-    if (!strncmp(name, WHITEOUT, strlen(WHITEOUT)))
-        return left_out("a layer has no such name");
     strcpy(walked, path);
     if (!tree_entry(&e, dir, name, st)) /* it has gone, or is no link any more */
         return errno == ENOENT || errno == EINVAL || failed("reading");
@@ -329,6 +327,8 @@ static bool one(int up, int low, const char *name, size_t at)
         return errno == ENOENT || failed("looking at");
     if (is_own() || (!had && for_mount(up, name)))
         return true;
+    if (!listing && !strncmp(name, WHITEOUT, strlen(WHITEOUT)))
+        return left_out("a layer has no such name"); /* it would remove what has the rest of the name */
     if (whiteout(&st))
         return !had || (tell('D') && (listing || put_whiteout(name, &st)));
     if (S_ISDIR(st.st_mode))
