@@ -20,8 +20,8 @@ static bool begun;
 
 static void tell(const char *why)
 {
-    size_t n = strlen(at);
-    while (n > 1 && at[n - 1] == '/')
+    size_t n = strlen(at), least = !walked[name_len];
+    while (n > least && at[n - 1] == '/')
         n--;
     dprintf(2, "left out: \"%.*s%.250s\": %s\n", n < 250 ? (int)n : 250, at, walked + name_len, why);
 }

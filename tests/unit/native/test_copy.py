@@ -515,9 +515,10 @@ def test_what_is_not_there_is_told(root: Path, path: str) -> None:
 
 def test_devices_and_sockets_are_left_out_and_told(root: Path) -> None:
     os.mknod(root / "there/null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
-    done = _run("--copy-out", "--root", root, "/there", "0")
-    assert done.returncode == 0
-    assert done.stderr == b'left out: "/there/null": it is a device\n'
+    for path in ("/there", "/"):
+        done = _run("--copy-out", "--root", root, path, "0")
+        assert done.returncode == 0
+        assert done.stderr == b'left out: "/there/null": it is a device\n'
     alone = _run("--copy-out", "--root", root, "/there/null", "0")
     assert (alone.returncode, alone.stderr) == (FAILED, b'"/there/null": it is a device\n')
 
