@@ -11,6 +11,7 @@
 
 enum { SPECIAL_MAX = 1 << 20, EXTRA_MAX = SPECIAL_MAX - (64 << 10) }; /* of one extended header; names come besides */
 #define OCTAL_MAX 077777777777u /* what a header has room for */
+#define NOBODY UINT32_MAX /* chown(2) would leave the owner as it is, which is root */
 
 /* ustar's header; all in text. */
 typedef struct {
@@ -225,7 +226,7 @@ typedef struct {
 static bool id_of(const char *text, size_t n, uint32_t *id)
 {
     uint64_t value;
-    if (!decimal(text, n, &value) || value > UINT32_MAX)
+    if (!decimal(text, n, &value) || value >= NOBODY)
         return damaged();
     *id = (uint32_t)value;
     return true;
@@ -339,6 +340,8 @@ static bool plain(const Header *h, Entry *e, const Given *given)
         !number(h->gid, sizeof h->gid, &gid) || !number(h->size, sizeof h->size, &size) ||
         !number(h->mtime, sizeof h->mtime, &mtime))
         return false;
+    if ((!given->uid && uid >= NOBODY) || (!given->gid && gid >= NOBODY))
+        return damaged();
     if (is_device && (!number(h->major, sizeof h->major, &device[0]) || !number(h->minor, sizeof h->minor, &device[1])))
         return false;
     e->major = (unsigned)device[0];

@@ -363,11 +363,9 @@ bool unpack_one(Tape *t, Tree *tree, Entry *e)
     case '2':
     case '6': fine = make_node(tree, e, dir, name); break;
     case '3':
-    case '4':
-        if (tree->inside)
-            return left_out(e, "it is a device");
-        /* fall through */
-    default: errno = EINVAL;
+    case '4': return tree->inside ? left_out(e, "it is a device") : volume_wrong("a device", e->path, EINVAL);
+    case 'S': return volume_wrong("holes are only read as tar's --format=pax writes them:", e->path, EINVAL);
+    default: return volume_wrong("there is no such kind of entry:", e->path, EINVAL);
     }
     return fine || volume_complain("unpacking", e->path);
 }

@@ -233,6 +233,24 @@ def test_devices_of_an_archive_are_left_out_and_told(root: Path) -> None:
     assert [path.name for path in (root / "there").iterdir()] == ["after"]
 
 
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("id", [2**32 - 1, 2**32, 2**32 + 5])
+@pytest.mark.parametrize("which", ["uid", "gid"])
+def test_what_is_no_owner_does_not_become_roots(root: Path, form: int, id: int, which: str) -> None:
+    info = tarfile.TarInfo("x")
+    info.mode = 0o4755
+    setattr(info, which, id)
+    archive = _archive(lambda tar: tar.addfile(info), form)
+    assert "damaged" in _in(root, "/there", archive, "--archive", "--owners", name="", code=FAILED)
+    assert not list((root / "there").iterdir())
+
+
+@pytest.mark.parametrize(("kind", "words"), [(b"S", "--format=pax"), (b"Z", "no such kind")])
+def test_kinds_that_are_not_read_are_named(root: Path, kind: bytes, words: str) -> None:
+    archive = _archive(lambda tar: _add(tar, "x", kind))
+    assert words in _in(root, "/there", archive, "--archive", name="", code=FAILED)
+
+
 @pytest.mark.parametrize("length", [150, 2000])
 def test_records_of_an_entry_stay_its_own_beside_a_long_name(root: Path, length: int) -> None:
     """Of two headers before an entry the second took the first one's memory, or gave it back."""
