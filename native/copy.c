@@ -74,6 +74,8 @@ int copy_target(const Copy *c, const char *path, char name[256])
         return errno = ENAMETOOLONG, -1;
     strcpy(at, path);
     for (int links = 0; links < LINKS_MAX; links++) {
+        for (size_t n = strlen(at); n > 1 && at[n - 1] == '/';)
+            at[--n] = 0;
         int dir = copy_parent(c, at, name);
         ssize_t n = dir < 0 ? -1 : readlinkat(dir, name, link, sizeof link - 1);
         if (n < 0 && (dir < 0 || errno == EINVAL || errno == ENOENT))
@@ -148,6 +150,7 @@ static bool few_capabilities(void)
 bool copy_enter(Copy *c)
 {
     c->root = open(c->root_path, O_PATH | O_DIRECTORY | O_CLOEXEC);
+    c->fds = open("/proc/self/fd", O_PATH | O_DIRECTORY | O_CLOEXEC);
     c->disk = c->disk_path ? open(c->disk_path, O_RDONLY | O_DIRECTORY | O_CLOEXEC) : -1;
     if (c->root < 0 || (c->disk_path && c->disk < 0))
         return false;

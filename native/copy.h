@@ -8,8 +8,11 @@
 /* what they end with; the last line on stderr says why */
 enum { COPY_FAILED = 1, COPY_ABSENT = 3, COPY_REFUSED = 4 };
 
+#define MANY_ATTRIBUTES "some of its attributes, which are more than an archive may have"
+
 typedef struct {
     int root; /* O_PATH; this process's own root as well */
+    int fds;  /* /proc/self/fd as it is where this process was started; -1: there is none */
     int disk; /* in: written to the disk at the end, what is in this directory's file system */
     char *root_path, *ids, *disk_path;
     bool follow;   /* out: what a link leads to */

@@ -50,7 +50,7 @@ static int unpack_rest(Tree *tree, size_t taken)
 
 static Tree tree_at(const Copy *c, int root)
 {
-    return (Tree){.root = root, .parent = -1, .inside = true, .owners = c->owners};
+    return (Tree){.root = root, .parent = -1, .inside = true, .owners = c->owners, .fds = c->fds};
 }
 
 static int archive_in(const Copy *c, const char *path)

@@ -9,7 +9,7 @@
 #include <sys/xattr.h>
 #include <unistd.h>
 
-enum { ATTRIBUTE_NAMES = 16 << 10, ATTRIBUTE_BYTES = 64 << 10 };
+enum { ATTRIBUTE_NAMES = 64 << 10, ATTRIBUTE_BYTES = 64 << 10 };
 
 static Tape tape;
 static const Copy *copy;
@@ -18,16 +18,21 @@ static size_t name_len; /* of what stands for it in the archive */
 static dev_t device; /* that it begins on */
 static bool begun;
 
+static void tell(const char *why)
+{
+    size_t n = strlen(at), least = !walked[name_len];
+    while (n > least && at[n - 1] == '/')
+        n--;
+    dprintf(2, "left out: \"%.*s%.250s\": %s\n", n < 250 ? (int)n : 250, at, walked + name_len, why);
+}
+
 static Walk left_out(const char *why)
 {
     if (!walked[name_len]) { /* it is all that was asked for */
         copy_refuse(COPY_FAILED, at, why);
         return WALK_STOP;
     }
-    size_t n = strlen(at);
-    while (n > 1 && at[n - 1] == '/')
-        n--;
-    dprintf(2, "left out: \"%.*s%.250s\": %s\n", n < 250 ? (int)n : 250, at, walked + name_len, why);
+    tell(why);
     return WALK_OVER;
 }
 
@@ -62,16 +67,21 @@ static bool goes_along(const char *name)
 
 static void attributes(int fd, Buf *records)
 {
-    static char names[ATTRIBUTE_NAMES], value[ATTRIBUTE_BYTES], key[300];
+    static char names[ATTRIBUTE_NAMES], value[ATTRIBUTE_BYTES];
     ssize_t n = flistxattr(fd, names, sizeof names), m;
     for (const char *next = names; n > 0 && next < names + n; next += strlen(next) + 1)
-        if (goes_along(next) && (m = fgetxattr(fd, next, value, sizeof value)) >= 0) {
-            snprintf(key, sizeof key, "SCHILY.xattr.%s", next);
-            tar_record(records, key, value, (size_t)m);
-        }
+        if (goes_along(next) && (m = fgetxattr(fd, next, value, sizeof value)) >= 0 &&
+            !tar_attribute(records, next, value, (size_t)m))
+            return tell(MANY_ATTRIBUTES);
 }
 
-static Walk written(bool fine) { return fine || volume_complain("writing", walked) ? WALK_INTO : WALK_STOP; }
+/* What is left out is not remembered: its next name may be one that is not. */
+static Walk written(bool fine, const struct stat *st)
+{
+    if (fine)
+        tree_remember(st);
+    return fine || volume_complain("writing", walked) ? WALK_INTO : WALK_STOP;
+}
 
 /* `e` says what it was when it was looked at; what is opened is what it is now. */
 static Walk put_file(int dir, const char *name, Entry *e)
@@ -87,7 +97,7 @@ static Walk put_file(int dir, const char *name, Entry *e)
     }
     attributes(fd, &records);
     e->extra = buf_span(&records);
-    Walk next = written(tar_put(&tape, e, fd, (uint64_t)st.st_size, true));
+    Walk next = written(tar_put(&tape, e, fd, (uint64_t)st.st_size, true), &st);
     buf_free(&records);
     close(fd);
     return next;
@@ -104,7 +114,7 @@ static Walk put_directory(int dir, const char *name, Entry *e, const struct stat
     begun = true;
     attributes(fd, &records);
     e->extra = buf_span(&records);
-    Walk next = written(tar_write(&tape, e));
+    Walk next = written(tar_write(&tape, e), st);
     buf_free(&records);
     close(fd);
     return next == WALK_INTO && over ? WALK_OVER : next;
@@ -121,9 +131,9 @@ static Walk put_one(int dir, const char *name, const struct stat *st)
     case '0': return put_file(dir, name, &e);
     case '5': return put_directory(dir, name, &e, st);
     case '3':
-    case '4': return copy->whole ? written(tar_write(&tape, &e)) : left_out("it is a device");
+    case '4': return copy->whole ? written(tar_write(&tape, &e), st) : left_out("it is a device");
     case 0: return left_out("it is a socket");
-    default: return written(tar_write(&tape, &e));
+    default: return written(tar_write(&tape, &e), st);
     }
 }
 

@@ -25,7 +25,7 @@
 #include <sys/xattr.h>
 #include <unistd.h>
 
-enum { PATHS_MAX = 256, FREEZE_MS = 10000, ATTRIBUTE_NAMES = 16 << 10, ATTRIBUTE_BYTES = 64 << 10 };
+enum { PATHS_MAX = 256, FREEZE_MS = 10000, ATTRIBUTE_NAMES = 64 << 10, ATTRIBUTE_BYTES = 64 << 10 };
 #define WHITEOUT ".wh."
 #define OPAQUE_MARK ".wh..wh..opq"
 
@@ -35,6 +35,12 @@ static const char *own[PATHS_MAX], *mounts[PATHS_MAX];
 static size_t nown, nmounts, told;
 static char path[TAR_PATH];
 static Tape tape;
+
+static bool left_out(const char *why)
+{
+    dprintf(2, "left out: \"%.250s\": %s\n", path, why);
+    return true;
+}
 
 static bool failed(const char *what) { return volume_complain(what, path); }
 
@@ -163,7 +169,7 @@ static bool kept(const char *name)
 
 static void attributes(int fd, Buf *records)
 {
-    static char names[ATTRIBUTE_NAMES], key[300];
+    static char names[ATTRIBUTE_NAMES];
     static uint8_t value[ATTRIBUTE_BYTES];
     ssize_t n = flistxattr(fd, names, sizeof names), m;
     for (const char *at = names; n > 0 && at < names + n; at += strlen(at) + 1) {
@@ -174,8 +180,10 @@ static void attributes(int fd, Buf *records)
             size = plain_capability(value, size);
         else if (!strncmp(at, "system.posix_acl_", 17))
             plain_acl(value, size);
-        snprintf(key, sizeof key, "SCHILY.xattr.%s", at);
-        tar_record(records, key, value, size);
+        if (!tar_attribute(records, at, value, size)) {
+            left_out(MANY_ATTRIBUTES);
+            return;
+        }
     }
 }
 
@@ -200,28 +208,36 @@ static bool put_open(Entry *e, int fd, const struct stat *st)
     return fine || failed("writing");
 }
 
-/* What is no directory. */
+static bool put_file(Entry *e, int dir, const char *name)
+{
+    struct stat now;
+    int fd = openat(dir, name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
+    if (fd < 0)
+        return errno == ENOENT || failed("opening");
+    bool file = !fstat(fd, &now) && S_ISREG(now.st_mode), fine = !file || put_open(e, fd, &now);
+    if (file && fine)
+        tree_remember(&now);
+    close(fd);
+    return fine;
+}
+
+/* What is no directory. The first of a file's names that is kept has its content, the others lead to that one. */
 static bool put_other(int dir, const char *name, const struct stat *st)
 {
     static Entry e;
-    struct stat now;
     strcpy(walked, path);
     if (!tree_entry(&e, dir, name, st)) /* it has gone, or is no link any more */
         return errno == ENOENT || errno == EINVAL || failed("reading");
     if (!inside(&e))
         return false;
-    if (!e.type || !strncmp(name, WHITEOUT, strlen(WHITEOUT))) {
-        dprintf(2, "left out: \"%.250s\": %s\n", path, e.type ? "a layer has no such name" : "it is a socket");
-        return true;
-    }
-    if (e.type != '0')
-        return tar_write(&tape, &e) || failed("writing");
-    int fd = openat(dir, name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
-    if (fd < 0)
-        return errno == ENOENT || failed("opening");
-    bool fine = fstat(fd, &now) || !S_ISREG(now.st_mode) || put_open(&e, fd, &now);
-    close(fd);
-    return fine;
+    if (!e.type)
+        return left_out("it is a socket");
+    if (e.type == '0')
+        return put_file(&e, dir, name);
+    if (!tar_write(&tape, &e))
+        return failed("writing");
+    tree_remember(st);
+    return true;
 }
 
 static bool put_directory(int fd, const struct stat *st, bool hides)
@@ -311,6 +327,8 @@ static bool one(int up, int low, const char *name, size_t at)
         return errno == ENOENT || failed("looking at");
     if (is_own() || (!had && for_mount(up, name)))
         return true;
+    if (!listing && !strncmp(name, WHITEOUT, strlen(WHITEOUT)))
+        return left_out("a layer has no such name"); /* it would remove what has the rest of the name */
     if (whiteout(&st))
         return !had || (tell('D') && (listing || put_whiteout(name, &st)));
     if (S_ISDIR(st.st_mode))

@@ -9,8 +9,9 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-enum { SPECIAL_MAX = 1 << 20 }; /* of one extended header */
+enum { SPECIAL_MAX = 1 << 20, EXTRA_MAX = SPECIAL_MAX - (64 << 10) }; /* of one extended header; names come besides */
 #define OCTAL_MAX 077777777777u /* what a header has room for */
+#define NOBODY UINT32_MAX /* chown(2) would leave the owner as it is, which is root */
 
 /* ustar's header; all in text. */
 typedef struct {
@@ -225,7 +226,7 @@ typedef struct {
 static bool id_of(const char *text, size_t n, uint32_t *id)
 {
     uint64_t value;
-    if (!decimal(text, n, &value) || value > UINT32_MAX)
+    if (!decimal(text, n, &value) || value >= NOBODY)
         return damaged();
     *id = (uint32_t)value;
     return true;
@@ -297,15 +298,19 @@ static bool of_next(char type) { return type == 'x' || type == 'g' || type == 'L
 /* What belongs to the entry that follows: records, or a long name as GNU's tar writes it. */
 static bool special(Tape *t, const Header *h, Entry *e, Given *given)
 {
-    static char *text;
-    static size_t room;
+    static struct {
+        char *text;
+        size_t room;
+    } kept[2]; /* the entry's records stay until the next one, whatever comes after them */
+    bool x = h->type == 'x';
     uint64_t size;
     if (!number(h->size, sizeof h->size, &size) || size > SPECIAL_MAX)
         return damaged();
-    if (size >= room) {
-        free(text);
-        text = xalloc(room = (size_t)size + 1);
+    if (size >= kept[x].room) {
+        free(kept[x].text);
+        kept[x].text = xalloc(kept[x].room = (size_t)size + 1);
     }
+    char *text = kept[x].text;
     if (!copy_out(t, text, (size_t)size) || !tar_skip(t, -size & (TAR_BLOCK - 1)))
         return false;
     switch (h->type) {
@@ -335,6 +340,8 @@ static bool plain(const Header *h, Entry *e, const Given *given)
         !number(h->gid, sizeof h->gid, &gid) || !number(h->size, sizeof h->size, &size) ||
         !number(h->mtime, sizeof h->mtime, &mtime))
         return false;
+    if ((!given->uid && uid >= NOBODY) || (!given->gid && gid >= NOBODY))
+        return damaged();
     if (is_device && (!number(h->major, sizeof h->major, &device[0]) || !number(h->minor, sizeof h->minor, &device[1])))
         return false;
     e->major = (unsigned)device[0];
@@ -413,6 +420,16 @@ void tar_record(Buf *b, const char *key, const void *value, size_t n)
     memcpy(at + m, value, n);
     at[all - 1] = '\n';
     b->len += all;
+}
+
+bool tar_attribute(Buf *b, const char *name, const void *value, size_t n)
+{
+    char key[300];
+    if (buf_size(b) + n + sizeof key > EXTRA_MAX)
+        return false;
+    snprintf(key, sizeof key, "SCHILY.xattr.%s", name);
+    tar_record(b, key, value, n);
+    return true;
 }
 
 static void put_text_record(Buf *b, const char *key, const char *text) { tar_record(b, key, text, strlen(text)); }

@@ -44,6 +44,7 @@ bool tar_pad(Tape *t, uint64_t size); /* after this much data */
 bool tar_finish(Tape *t);
 bool tar_mark(Tape *t, const char *name); /* one block: an empty file of this name */
 void tar_record(Buf *b, const char *key, const void *value, size_t n); /* for Entry.extra */
+bool tar_attribute(Buf *b, const char *name, const void *value, size_t n); /* the same; false: one entry can't have so many */
 bool tar_next_record(Span *rest, Span *key, Span *value);
 
 /* tardata.c */
@@ -57,8 +58,8 @@ extern char walked[TAR_PATH]; /* the path of what is visited */
 bool tree_walk(int dir, const char *name, const char *as, Visit visit); /* what goes meanwhile is left out */
 char **tree_names(int dir);            /* sorted, to be freed with tree_free; NULL with errno */
 void tree_free(char **names);
-const char *tree_known_as(const struct stat *st); /* of a file with several names: the first that was walked, NULL: this */
 bool tree_entry(Entry *e, int dir, const char *name, const struct stat *st); /* what stands in an archive, as `walked` */
+void tree_remember(const struct stat *st); /* it does stand there: its other names lead to this one */
 void many_descriptors(void); /* one is open for each level of a tree */
 bool volume_complain(const char *what, const char *path); /* false, with errno's words on stderr */
 bool volume_wrong(const char *what, const char *path, int error);
@@ -70,6 +71,7 @@ typedef struct {
     char path[TAR_PATH];
     bool inside; /* the root of this process is the environment's: its links are followed, what is there is replaced */
     bool owners; /* those of the archive, else root */
+    int fds;     /* inside: /proc/self/fd, or -1; what is open gets its name through it */
     struct Late *late;
 } Tree;
 bool unpack_one(Tape *t, Tree *tree, Entry *e);

@@ -146,22 +146,32 @@ typedef struct Name {
     char path[];
 } Name;
 
-const char *tree_known_as(const struct stat *st)
+static Name **bucket_of(const struct stat *st)
 {
     static Name *names[NODE_BUCKETS];
-    Name **bucket = &names[st->st_ino % NODE_BUCKETS];
+    return &names[st->st_ino % NODE_BUCKETS];
+}
+
+static const char *known_as(const struct stat *st)
+{
     if (S_ISDIR(st->st_mode) || st->st_nlink < 2)
         return NULL;
-    for (Name *n = *bucket; n; n = n->next)
+    for (Name *n = *bucket_of(st); n; n = n->next)
         if (n->inode == st->st_ino && n->device == st->st_dev)
             return n->path;
-    Name *n = xalloc(sizeof *n + strlen(walked) + 1);
+    return NULL;
+}
+
+void tree_remember(const struct stat *st)
+{
+    if (S_ISDIR(st->st_mode) || st->st_nlink < 2 || known_as(st))
+        return;
+    Name **bucket = bucket_of(st), *n = xalloc(sizeof *n + strlen(walked) + 1);
     n->inode = st->st_ino;
     n->device = st->st_dev;
     strcpy(n->path, walked);
     n->next = *bucket;
     *bucket = n;
-    return NULL;
 }
 
 static char type_of(mode_t mode)
@@ -179,7 +189,7 @@ static char type_of(mode_t mode)
 
 bool tree_entry(Entry *e, int dir, const char *name, const struct stat *st)
 {
-    const char *other = tree_known_as(st);
+    const char *other = known_as(st);
     memset(e, 0, sizeof *e);
     e->type = other ? '1' : type_of(st->st_mode);
     strcpy(e->path, walked);

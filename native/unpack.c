@@ -7,11 +7,12 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/random.h>
 #include <sys/stat.h>
 #include <sys/xattr.h>
 #include <unistd.h>
 
-enum { SECTION_MAX = 255 };
+enum { SECTION_MAX = 255, OWN_NAME = 32 };
 
 /* One part of a path. A process whose root is the environment's follows links as those inside do; else none is. */
 static int part(const Tree *t, int fd, const char *name)
@@ -115,6 +116,40 @@ bool unpack_into(Tape *t, const Tree *tree, const Entry *e, int fd)
            (!tree->owners || attributes(fd, e)) && !futimens(fd, times);
 }
 
+/* taking names: what is made has its name once it is whole, and until then what was there before is there */
+
+/* Nobody's, and nobody knows it before it is there. */
+static bool own_name(char name[OWN_NAME])
+{
+    unsigned char bytes[8];
+    if (getrandom(bytes, sizeof bytes, 0) != sizeof bytes)
+        return false;
+    size_t n = (size_t)snprintf(name, OWN_NAME, ".isolat-");
+    for (size_t i = 0; i < sizeof bytes; i++)
+        n += (size_t)snprintf(name + n, OWN_NAME - n, "%02x", bytes[i]);
+    return true;
+}
+
+/* Where nobody is inside yet, nothing is in the way, and half of it is none: there the name is its own at once. */
+static const char *name_for_now(const Tree *t, const char *name, char own[OWN_NAME])
+{
+    if (!t->inside)
+        return name;
+    return own_name(own) ? own : NULL;
+}
+
+/* What has another name for now takes its own, or goes. A directory stays, rename(2) says so. */
+static bool take_name(const Tree *t, int dir, const char *now, const char *name, bool fine)
+{
+    if (!t->inside)
+        return fine;
+    fine = fine && !renameat(dir, now, dir, name);
+    int error = errno;
+    unlinkat(dir, now, 0); /* also where both were names of one file: rename(2) does nothing then */
+    errno = error;
+    return fine;
+}
+
 /* What something is mounted on can't be replaced. */
 static int in_place(int dir, const char *name)
 {
@@ -127,22 +162,48 @@ static int in_place(int dir, const char *name)
     return -1;
 }
 
-/* Room for what is no directory; a directory stays, unlink(2) says so. */
-static bool make_room(const Tree *t, int dir, const char *name)
+static bool make_named(Tape *t, const Tree *tree, const Entry *e, int dir, const char *name)
 {
-    return !t->inside || !unlinkat(dir, name, 0) || errno == ENOENT;
+    char own[OWN_NAME];
+    const char *now = name_for_now(tree, name, own);
+    int fd = now ? openat(dir, now, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600) : -1;
+    if (fd < 0)
+        return false;
+    bool fine = take_name(tree, dir, now, name, unpack_into(t, tree, e, fd));
+    int error = errno;
+    close(fd);
+    errno = error;
+    return fine;
 }
 
+/* A name for a file that has none. linkat(2) replaces nothing: only rename(2) does. */
+static bool name_file(const Tree *tree, int fd, int dir, const char *name)
+{
+    char number[16], own[OWN_NAME];
+    snprintf(number, sizeof number, "%d", fd);
+    if (!linkat(tree->fds, number, dir, name, AT_SYMLINK_FOLLOW))
+        return true;
+    return errno == EEXIST && own_name(own) && !linkat(tree->fds, number, dir, own, AT_SYMLINK_FOLLOW) &&
+           take_name(tree, dir, own, name, true);
+}
+
+/* Without a name for now, where the file system has such files: then nothing is left when this is killed. */
 static bool make_file(Tape *t, const Tree *tree, const Entry *e, int dir, const char *name)
 {
-    int fd = -1;
-    if (make_room(tree, dir, name))
-        fd = openat(dir, name, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
-    else if (errno == EBUSY)
-        fd = in_place(dir, name);
-    bool fine = fd >= 0 && unpack_into(t, tree, e, fd);
+    struct stat st;
+    if (tree->inside && !fstatat(dir, name, &st, AT_SYMLINK_NOFOLLOW) && S_ISDIR(st.st_mode)) {
+        errno = EISDIR;
+        return false;
+    }
+    bool mounted = tree->inside && is_mount_root(dir, name);
+    int fd = mounted                           ? in_place(dir, name)
+             : tree->inside && tree->fds >= 0 ? openat(dir, ".", O_TMPFILE | O_WRONLY | O_CLOEXEC, 0600)
+                                               : -1;
+    if (fd < 0)
+        return !mounted && make_named(t, tree, e, dir, name);
+    bool fine = unpack_into(t, tree, e, fd) && (mounted || name_file(tree, fd, dir, name));
     int error = errno;
-    close_fd(&fd);
+    close(fd);
     errno = error;
     return fine;
 }
@@ -156,59 +217,131 @@ static void finish_later(Tree *tree, const Entry *e)
     tree->late = l;
 }
 
-/* One that is there is as good. A link to one stays a link, for those who may follow it. */
-static bool make_directory(Tree *tree, const Entry *e, int dir, const char *name)
+/* At once, since records are only there until the next entry; owner and mode change nothing about them. */
+static bool dress_directory(const Tree *tree, const Entry *e, int dir, const char *name)
 {
-    struct stat st;
-    if (!mkdirat(dir, name, 0700)) {
-        finish_later(tree, e);
+    if (!tree->owners || !e->extra.n)
         return true;
-    }
-    if (errno != EEXIST || fstatat(dir, name, &st, AT_SYMLINK_NOFOLLOW))
-        return false;
-    if (S_ISDIR(st.st_mode)) {
-        finish_later(tree, e);
-        return true;
-    }
-    int fd = S_ISLNK(st.st_mode) ? part(tree, dir, name) : -1;
-    errno = ENOTDIR;
-    return fd >= 0 && !close(fd);
-}
-
-static bool make_link(Tree *tree, const Entry *e, int dir, const char *name)
-{
-    const char *last;
-    int own = fcntl(dir, F_DUPFD_CLOEXEC, 3), from = parent_of(tree, e->target, &last);
-    bool fine = own >= 0 && from >= 0 && make_room(tree, own, name) && !linkat(from, last, own, name, 0);
+    int fd = openat(dir, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    bool fine = fd >= 0 && attributes(fd, e);
     int error = errno;
-    close_fd(&own);
+    close_fd(&fd);
     errno = error;
     return fine;
 }
 
-/* What is neither file nor directory; FIFOs and symbolic links have no descriptor that owners could be set through. */
-static bool make_node(const Tree *tree, const Entry *e, int dir, const char *name)
+/* One that is there is as good. A link to one stays a link, for those who may follow it. */
+static bool make_directory(Tree *tree, const Entry *e, int dir, const char *name)
 {
-    struct timespec times[2];
-    bool link = e->type == '2';
-    times_of(e, times);
-    return make_room(tree, dir, name) &&
-           !(link ? symlinkat(e->target, dir, name) : mkfifoat(dir, name, 0600)) &&
-           owned(fchownat(dir, name, tree->owners ? e->uid : 0, tree->owners ? e->gid : 0, AT_SYMLINK_NOFOLLOW)) &&
-           (link || !fchmodat(dir, name, e->mode, 0)) && !utimensat(dir, name, times, AT_SYMLINK_NOFOLLOW);
+    struct stat st;
+    if (mkdirat(dir, name, 0700)) {
+        if (errno != EEXIST || fstatat(dir, name, &st, AT_SYMLINK_NOFOLLOW))
+            return false;
+        if (!S_ISDIR(st.st_mode)) {
+            int fd = S_ISLNK(st.st_mode) ? part(tree, dir, name) : -1;
+            errno = ENOTDIR;
+            return fd >= 0 && !close(fd);
+        }
+    }
+    finish_later(tree, e);
+    return dress_directory(tree, e, dir, name);
 }
 
-/* "./a" is "a", and so is "/a" where the root is meant anyway. */
+static bool same_file(int dir, const char *name, int other_dir, const char *other)
+{
+    struct stat a, b;
+    return !fstatat(dir, name, &a, AT_SYMLINK_NOFOLLOW) && !fstatat(other_dir, other, &b, AT_SYMLINK_NOFOLLOW) &&
+           a.st_ino == b.st_ino && a.st_dev == b.st_dev;
+}
+
+/* GNU's tar makes a name that comes twice a further name of itself. */
+static bool make_link(Tree *tree, const Entry *e, int dir, const char *name)
+{
+    char own[OWN_NAME];
+    const char *last, *now = name_for_now(tree, name, own);
+    int there = fcntl(dir, F_DUPFD_CLOEXEC, 3), from = parent_of(tree, e->target, &last);
+    bool fine = now && there >= 0 && from >= 0;
+    if (fine && (!tree->inside || !same_file(from, last, there, name)))
+        fine = take_name(tree, there, now, name, !linkat(from, last, there, now, 0));
+    int error = errno;
+    close_fd(&there);
+    errno = error;
+    return fine;
+}
+
+/* Whoever may write to the directory may exchange it meanwhile: what is open is what it was made as. */
+static bool dress_fifo(const Tree *tree, const Entry *e, int dir, const char *name)
+{
+    struct timespec times[2];
+    struct stat st;
+    int fd = openat(dir, name, O_RDONLY | O_NONBLOCK | O_NOFOLLOW | O_NOCTTY | O_CLOEXEC);
+    if (fd < 0)
+        return false;
+    times_of(e, times);
+    errno = EEXIST;
+    bool fine = !fstat(fd, &st) && S_ISFIFO(st.st_mode) &&
+                owned(fchown(fd, tree->owners ? e->uid : 0, tree->owners ? e->gid : 0)) && !fchmod(fd, e->mode) &&
+                !futimens(fd, times);
+    int error = errno;
+    close(fd);
+    errno = error;
+    return fine;
+}
+
+static bool dress_symlink(const Tree *tree, const Entry *e, int dir, const char *name)
+{
+    struct timespec times[2];
+    struct stat st;
+    int fd = openat(dir, name, O_PATH | O_NOFOLLOW | O_CLOEXEC);
+    if (fd < 0)
+        return false;
+    times_of(e, times);
+    errno = EEXIST;
+    bool fine = !fstat(fd, &st) && S_ISLNK(st.st_mode) &&
+                owned(fchownat(fd, "", tree->owners ? e->uid : 0, tree->owners ? e->gid : 0, AT_EMPTY_PATH)) &&
+                !utimensat(dir, name, times, AT_SYMLINK_NOFOLLOW);
+    int error = errno;
+    close(fd);
+    errno = error;
+    return fine;
+}
+
+/* What is neither file nor directory. */
+static bool make_node(const Tree *tree, const Entry *e, int dir, const char *name)
+{
+    char own[OWN_NAME];
+    const char *now = name_for_now(tree, name, own);
+    if (!now || (e->type == '2' ? symlinkat(e->target, dir, now) : mkfifoat(dir, now, 0600)))
+        return false;
+    return take_name(tree, dir, now, name,
+                     e->type == '2' ? dress_symlink(tree, e, dir, now) : dress_fifo(tree, e, dir, now));
+}
+
+/* "./a" is "a", and so are "/a", where the root is meant anyway, and "a/"; "a//./b" is "a/b". */
 static void tidy(const Tree *t, char *path)
 {
-    size_t n = strlen(path), skip = 0;
+    size_t n = strlen(path);
+    char *to = path;
     while (n > 1 && path[n - 1] == '/')
         path[--n] = 0;
     if (!t->inside)
         return;
-    while (path[skip] == '/' || (path[skip] == '.' && (path[skip + 1] == '/' || !path[skip + 1])))
-        skip++;
-    memmove(path, path + skip, n - skip + 1);
+    for (const char *at = path; *at;) {
+        size_t m = strcspn(at, "/");
+        bool counts = m && !(m == 1 && *at == '.');
+        if (counts && to > path)
+            *to++ = '/';
+        memmove(to, at, counts ? m : 0);
+        to += counts ? m : 0;
+        at += m + (at[m] == '/');
+    }
+    *to = 0;
+}
+
+static bool left_out(const Entry *e, const char *why)
+{
+    dprintf(2, "left out: \"%.250s\": %s\n", e->path, why);
+    return true;
 }
 
 bool unpack_one(Tape *t, Tree *tree, Entry *e)
@@ -229,7 +362,10 @@ bool unpack_one(Tape *t, Tree *tree, Entry *e)
     case '5': fine = make_directory(tree, e, dir, name); break;
     case '2':
     case '6': fine = make_node(tree, e, dir, name); break;
-    default: errno = EINVAL;
+    case '3':
+    case '4': return tree->inside ? left_out(e, "it is a device") : volume_wrong("a device", e->path, EINVAL);
+    case 'S': return volume_wrong("holes are only read as tar's --format=pax writes them:", e->path, EINVAL);
+    default: return volume_wrong("there is no such kind of entry:", e->path, EINVAL);
     }
     return fine || volume_complain("unpacking", e->path);
 }
@@ -249,8 +385,8 @@ static bool finish_one(Tree *tree, const Late *l)
 bool unpack_finish(Tree *tree)
 {
     bool fine = true;
-    for (Late *l = tree->late; l && fine; l = l->next)
-        fine = finish_one(tree, l);
+    for (Late *l = tree->late; l; l = l->next) /* one that is no more is no reason to leave the others closed */
+        fine = finish_one(tree, l) && fine;
     close_fd(&tree->parent);
     return fine;
 }

@@ -151,6 +151,8 @@ static Walk pack_one(int dir, const char *name, const struct stat *st)
     e.same = e.type != '5' && as_it_came(st);
     if (fine)
         fine = e.type == '0' && !e.same && st->st_size ? pack_file(dir, name, &e, st) : tar_write(&tape, &e);
+    if (fine)
+        tree_remember(st);
     return fine || volume_complain("packing", walked) ? WALK_INTO : WALK_STOP;
 }
 

@@ -174,6 +174,11 @@ class _Packer:
         self.left, rest = _sorted(bytes(self.words))
         return _error(code, rest) if code > 0 else None
 
+    def end(self) -> None:
+        """Nobody listens any more when this returns: a descriptor that is read can't be closed."""
+        self.process.kill()
+        self._thread.join()
+
 
 @contextlib.contextmanager
 def _packed(words: list[str]) -> Iterator[tuple[int, _Packer]]:
@@ -188,10 +193,11 @@ def _packed(words: list[str]) -> Iterator[tuple[int, _Packer]]:
         ) from error
     with process:
         assert process.stdout is not None
+        packer = _Packer(process)
         try:
-            yield process.stdout.fileno(), _Packer(process)
+            yield process.stdout.fileno(), packer
         finally:
-            process.kill()
+            packer.end()
 
 
 class _Opening:

@@ -5,14 +5,17 @@ The root is a directory here, and the program changes its root to that, as it do
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import io
 import os
 import random
+import socket
 import stat
 import subprocess
 import tarfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -195,6 +198,201 @@ def test_gnu_tars_archives_are_read(root: Path, tmp_path: Path) -> None:
     assert (st.st_size, st.st_blocks < 100) == (1 << 30, True)
 
 
+@pytest.mark.parametrize(("link", "lands"), [("new", "new"), ("second/", "there/new"), ("there//second", "there/new")])
+def test_slashes_behind_a_link_change_nothing_about_where_it_leads(root: Path, link: str, lands: str) -> None:
+    (root / "first").symlink_to(link)
+    (root / "second").symlink_to("there/second")
+    (root / "there/second").symlink_to("new")
+    _in(root, "/first//", TREE)
+    assert (root / lands / "f").read_bytes() == b"words"
+    assert len(list(root.iterdir())) == 5 + (lands == "new")
+
+
+def test_names_with_more_slashes_and_dots_than_they_need_are_names(root: Path) -> None:
+    def fill(tar: tarfile.TarFile) -> None:
+        for name in ("d//", "d//.///a", ".//d/./b/."):
+            _add(tar, name, *((b"0", name.encode()) if "a" in name else (tarfile.DIRTYPE,)))
+        _add(tar, "//.hidden", tarfile.LNKTYPE, target="d/.//a")
+        _add(tar, "..a", data=b"no parent")
+
+    _in(root, "/there", _archive(fill), "--archive", name="")
+    assert (root / "there/d/b").is_dir()
+    assert (root / "there/.hidden").read_bytes() == (root / "there/d/a").read_bytes() == b"d//.///a"
+    assert (root / "there/..a").exists()
+    _in(root, "/there", _archive(lambda tar: _add(tar, "d/../x")), "--archive", name="", code=FAILED)
+
+
+def test_devices_of_an_archive_are_left_out_and_told(root: Path) -> None:
+    def fill(tar: tarfile.TarFile) -> None:
+        _add(tar, "null", tarfile.CHRTYPE)
+        _add(tar, "disk", tarfile.BLKTYPE)
+        _add(tar, "after", data=b"words")
+
+    told = _in(root, "/there", _archive(fill), "--archive", name="")
+    assert told == 'left out: "null": it is a device\nleft out: "disk": it is a device\n'
+    assert [path.name for path in (root / "there").iterdir()] == ["after"]
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("id", [2**32 - 1, 2**32, 2**32 + 5])
+@pytest.mark.parametrize("which", ["uid", "gid"])
+def test_what_is_no_owner_does_not_become_roots(root: Path, form: int, id: int, which: str) -> None:
+    info = tarfile.TarInfo("x")
+    info.mode = 0o4755
+    setattr(info, which, id)
+    archive = _archive(lambda tar: tar.addfile(info), form)
+    assert "damaged" in _in(root, "/there", archive, "--archive", "--owners", name="", code=FAILED)
+    assert not list((root / "there").iterdir())
+
+
+@pytest.mark.parametrize(("kind", "words"), [(b"S", "--format=pax"), (b"Z", "no such kind")])
+def test_kinds_that_are_not_read_are_named(root: Path, kind: bytes, words: str) -> None:
+    archive = _archive(lambda tar: _add(tar, "x", kind))
+    assert words in _in(root, "/there", archive, "--archive", name="", code=FAILED)
+
+
+@pytest.mark.parametrize("length", [150, 2000])
+def test_records_of_an_entry_stay_its_own_beside_a_long_name(root: Path, length: int) -> None:
+    """Of two headers before an entry the second took the first one's memory, or gave it back."""
+    build = BUILD / "sanitize" if (BUILD / "sanitize/isolat-agent").exists() else BUILD
+    info = tarfile.TarInfo("x")
+    info.pax_headers = {"SCHILY.xattr.user.note": "kept" * 20}
+    name = "/".join(["d" * 50] * (length // 50))
+    both = info.tobuf(tarfile.PAX_FORMAT)[:1024] + _archive(lambda tar: _add(tar, name), tarfile.GNU_FORMAT)
+    done = _run("--copy-in", "--root", root, "--archive", "--owners", "/", "", input=both, build=build)
+    assert done.returncode == 0, done.stderr
+    assert (root / name).is_file()
+    if _has_attributes(root):
+        assert os.getxattr(root / name, "user.note") == b"kept" * 20
+
+
+def _has_attributes(root: Path) -> bool:
+    try:
+        os.setxattr(root / "file", "user.note", b"")
+    except OSError:
+        return False
+    return True
+
+
+def test_a_directory_that_is_no_more_leaves_the_others_no_less_open(root: Path) -> None:
+    def fill(tar: tarfile.TarFile) -> None:
+        _add(tar, "first", tarfile.DIRTYPE)
+        _add(tar, "way", tarfile.SYMTYPE, target="first")
+        _add(tar, "way/sub", tarfile.DIRTYPE)
+        _add(tar, "way", tarfile.SYMTYPE, target="nowhere")
+
+    assert "way/sub" in _in(root, "/there", _archive(fill), "--archive", name="", code=FAILED)
+    assert stat.S_IMODE((root / "there/first").stat().st_mode) == 0o750
+
+
+# whole or not at all
+
+
+def _again(tar: tarfile.TarFile) -> None:
+    _add(tar, "a", data=b"words")
+    _add(tar, "a", tarfile.LNKTYPE, target="./a")
+    _add(tar, "b", tarfile.LNKTYPE, target="a")
+    _add(tar, "b", tarfile.LNKTYPE, target="a")
+
+
+def test_a_name_that_is_a_further_name_of_itself_stays(root: Path) -> None:
+    _in(root, "/there", _archive(_again), "--archive", name="")
+    assert (root / "there/a").read_bytes() == (root / "there/b").read_bytes() == b"words"
+    assert sorted(os.listdir(root / "there")) == ["a", "b"]  # noqa: PTH208
+    assert (root / "there/a").stat().st_nlink == 2
+
+
+def _one_big(tar: tarfile.TarFile) -> None:
+    _add(tar, "0", data=os.urandom(3 << 20))
+
+
+BIG = _archive(_one_big)
+
+
+@pytest.fixture(params=["of proc", "without proc"])
+def without_proc(request: pytest.FixtureRequest) -> list[str]:
+    """Words in front of the program. Files without a name get one through /proc, where there is one."""
+    if request.param == "of proc":
+        return []
+    return ["unshare", "-m", "sh", "-c", 'mount -t tmpfs x /proc && exec "$@"', "sh"]
+
+
+def test_what_is_cut_off_leaves_what_was_there(root: Path, without_proc: list[str]) -> None:
+    before = (root / "file").stat().st_ino
+    for path, cut in (("/file", 1 << 20), ("/new", 1 << 20), ("/there", 2 << 20)):
+        argv = [*without_proc, str(BUILD / "isolat-agent"), "--copy-in", "--root", str(root), path, "it"]
+        done = subprocess.run(argv, input=BIG[:cut], capture_output=True, timeout=60, check=False)
+        assert (done.returncode, b"ends too early" in done.stderr or b"Bad message" in done.stderr) == (FAILED, True)
+    assert ((root / "file").read_text(), (root / "file").stat().st_ino) == ("old", before)
+    assert sorted(path.name for path in root.iterdir()) == ["etc", "file", "there"]
+    assert not list((root / "there").iterdir())
+    argv = [*without_proc, str(BUILD / "isolat-agent"), "--copy-in", "--root", str(root), "/file", "it"]
+    subprocess.run(argv, input=BIG, capture_output=True, timeout=60, check=True)
+    assert ((root / "file").stat().st_size, (root / "file").stat().st_mode & 0o777) == (3 << 20, 0o750)
+    assert sorted(path.name for path in root.iterdir()) == ["etc", "file", "there"]
+
+
+def test_who_kills_it_finds_what_was_there_and_nothing_else(root: Path) -> None:
+    argv = [str(BUILD / "isolat-agent"), "--copy-in", "--root", str(root), "/file", "it"]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        process.stdin.write(BIG[: 2 << 20])
+        process.stdin.flush()
+        end = time.monotonic() + 20
+        while not any("root/#" in target or "(deleted)" in target for target in _open_files(process.pid)):
+            assert time.monotonic() < end
+        process.kill()
+    assert (root / "file").read_text() == "old"
+    assert sorted(path.name for path in root.iterdir()) == ["etc", "file", "there"]
+
+
+def _open_files(pid: int) -> list[str]:
+    return [str(fd.readlink()) for fd in Path(f"/proc/{pid}/fd").iterdir()]
+
+
+@pytest.mark.parametrize("old", [200, 2])
+def test_where_there_is_no_room_left_nothing_is_lost(root: Path, old: int) -> None:
+    """Neither what is old and large, which would make some room, nor what is small."""
+    data = root.parent / "data"
+    data.write_bytes(BIG)
+    program = (
+        f"mount -t tmpfs -o size=1m x {root}/there && head -c {old}k /dev/zero | tr '\\0' x > {root}/there/it;"
+        f" {BUILD}/isolat-agent --copy-in --root {root} /there it < {data}; echo $?;"
+        f" stat -c %s {root}/there/it; ls -A {root}/there"
+    )
+    done = subprocess.run(["unshare", "-m", "sh", "-c", program], capture_output=True, timeout=60, check=True)
+    assert done.stdout.decode().split() == ["1", str(old << 10), "it"], done.stderr
+    assert b"No space left" in done.stderr
+
+
+def test_what_is_mounted_on_is_written_to(root: Path) -> None:
+    (root.parent / "hosts").write_text("a long line that was there before\n")
+    data = root.parent / "data"
+    data.write_bytes(FILE)
+    copying = f"{BUILD}/isolat-agent --copy-in --root {root} /file it < {data}"
+    program = f"mount --bind {root.parent}/hosts {root}/file && {copying}"
+    done = subprocess.run(["unshare", "-m", "sh", "-c", program], capture_output=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (root.parent / "hosts").read_text() == "words"
+    assert (root / "file").read_text() == "old"
+    assert sorted(path.name for path in root.iterdir()) == ["etc", "file", "there"]
+
+
+def test_in_an_overlay_names_are_taken_as_anywhere(root: Path) -> None:
+    for name in ("up", "work", "merged"):
+        (root.parent / name).mkdir()
+    data, at = root.parent / "data", root.parent
+    data.write_bytes(_archive(_again))
+    program = (
+        f"mount -t overlay x -o lowerdir={root},upperdir={at}/up,workdir={at}/work {at}/merged &&"
+        f" echo o > {at}/merged/b;"
+        f" for n in 1 2; do {BUILD}/isolat-agent --copy-in --root {at}/merged --archive / '' < {data} || exit; done;"
+        f" cat {at}/merged/a {at}/merged/b; ls -A {at}/merged"
+    )
+    done = subprocess.run(["unshare", "-m", "sh", "-c", program], capture_output=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout.decode()) == (0, "wordswordsa\nb\netc\nfile\nthere\n"), done.stderr
+
+
 # what comes out
 
 
@@ -269,6 +467,46 @@ def test_attributes_go_along(root: Path) -> None:
     assert os.listxattr(root / "plain") == []
 
 
+def test_no_number_of_attributes_ends_it(root: Path) -> None:
+    """As many as a file may have: their names are more than 16 KiB, and all of it is more than a header may have."""
+    names = [f"user.{n:03}{'n' * 200}" for n in range(100)]
+    script = (
+        "import os, sys\n"
+        "for n in range(100):\n os.setxattr(sys.argv[1], f'user.{n:03}' + 'n' * 200, b'v' * int(sys.argv[2]))"
+    )
+    for size in (20, 12000):
+        program = (
+            f'mount -t tmpfs x {root}/there && touch {root}/there/f && python3 -c "{script}" {root}/there/f {size} ||'
+            f" exit 9; {BUILD}/isolat-agent --copy-out --root {root} /there/f 0"
+        )
+        done = subprocess.run(["unshare", "-m", "sh", "-c", program], capture_output=True, timeout=60, check=False)
+        if done.returncode == 9:
+            pytest.skip("tmpfs has no attributes of users")
+        assert done.returncode == 0, done.stderr
+        with tarfile.open(fileobj=io.BytesIO(done.stdout)) as tar:
+            found = {key.removeprefix("SCHILY.xattr.") for key in tar.getmembers()[0].pax_headers if "xattr" in key}
+        assert (found == set(names)) == (size == 20)
+        assert found
+        assert (b"some of its attributes" in done.stderr) == (size != 20)
+        _in(root, "/new", done.stdout)  # without: not every file system has room for so many
+
+
+def test_attributes_of_directories_go_along(root: Path) -> None:
+    (root / "there/deep").mkdir()
+    if not _has_attributes(root):
+        pytest.skip("this file system has no attributes of users")
+    for name in ("there", "there/deep"):
+        os.setxattr(root / name, "user.note", name.encode())
+    data, _ = _out(root, "/there")
+    (root / "etc/it/deep").mkdir(parents=True)
+    for path, lands in (("/new", "new"), ("/etc", "etc/it")):
+        _in(root, path, data, "--owners")
+        assert os.getxattr(root / lands, "user.note") == b"there"
+        assert os.getxattr(root / lands / "deep", "user.note") == b"there/deep"
+    _in(root, "/plain", data)
+    assert os.listxattr(root / "plain/deep") == []
+
+
 @pytest.mark.parametrize(
     ("path", "options", "kind", "link"),
     [("/way", (), tarfile.SYMTYPE, "there"), ("/way/", (), tarfile.DIRTYPE, ""), ("/", (), tarfile.DIRTYPE, ""),
@@ -295,11 +533,26 @@ def test_what_is_not_there_is_told(root: Path, path: str) -> None:
 
 def test_devices_and_sockets_are_left_out_and_told(root: Path) -> None:
     os.mknod(root / "there/null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
-    done = _run("--copy-out", "--root", root, "/there", "0")
-    assert done.returncode == 0
-    assert done.stderr == b'left out: "/there/null": it is a device\n'
+    for path in ("/there", "/"):
+        done = _run("--copy-out", "--root", root, path, "0")
+        assert done.returncode == 0
+        assert done.stderr == b'left out: "/there/null": it is a device\n'
     alone = _run("--copy-out", "--root", root, "/there/null", "0")
     assert (alone.returncode, alone.stderr) == (FAILED, b'"/there/null": it is a device\n')
+
+
+def test_what_is_left_out_is_so_under_each_of_its_names(root: Path) -> None:
+    at = root / "there"
+    os.mknod(at / "a", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as made:
+        made.bind(str(at / "c"))
+    os.link(at / "a", at / "b")
+    os.link(at / "c", at / "d")
+    done = _run("--copy-out", "--root", root, "/there", "0")
+    assert done.stderr.count(b"left out: ") == 4
+    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as tar:
+        assert tar.getnames() == ["0"]
+    _in(root, "/back", done.stdout)
 
 
 def test_the_whole_is_without_what_is_mounted_in_it(root: Path) -> None:
@@ -401,6 +654,11 @@ def test_who_exchanges_directories_for_links_gets_nothing_out_and_nothing_in(swa
             results.add(_run("--copy-in", "--root", swapped, path, "it", input=FILE).returncode)
     _canary_sings(swapped)
     assert 0 in results
+
+
+def test_who_renames_all_the_time_keeps_nobody_from_following_links(swapped: Path) -> None:
+    for _ in range(100):
+        assert _out(swapped, "/" + "there/../" * 20 + "file")[1][0].size == 3
 
 
 def test_damaged_archives_harm_nothing_but_themselves(root: Path, tmp_path: Path) -> None:

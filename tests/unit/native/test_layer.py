@@ -177,6 +177,27 @@ def test_names_that_a_layer_can_not_have_are_left_out(overlay: Overlay) -> None:
         assert tar.getnames() == [".", "var"]
 
 
+def test_directories_that_a_layer_can_not_have_are_left_out_with_all_that_is_in_them(overlay: Overlay) -> None:
+    """Else whoever may make one beside a file of the image has it removed from the next one."""
+    overlay.change("mkdir -p etc/.wh.passwd var/.wh.d/deep; echo words > var/.wh.d/deep/x; ln var/.wh.d/deep/x var/y")
+    found = overlay.layer()
+    assert set(found) == {".", "etc", "var", "var/y"}
+    assert (found["var/y"].isreg(), found["var/y"].size) == (True, 6)
+
+
+def test_a_files_first_name_that_is_kept_has_its_content(overlay: Overlay) -> None:
+    """Whatever the others are called; of what is left out under each of its names nothing is there."""
+    overlay.change(
+        "echo words > var/.wh.a; ln var/.wh.a var/.wh.b; ln var/.wh.a var/x; ln var/x var/y; mkfifo var/.wh.p;"
+        "ln var/.wh.p var/q; python3 -c 'import socket; socket.socket(socket.AF_UNIX).bind(\"var/s\")'; ln var/s var/t"
+    )
+    found = overlay.layer()
+    assert set(found) == {".", "var", "var/q", "var/x", "var/y"}
+    assert (found["var/x"].isreg(), found["var/x"].size) == (True, 6)
+    assert (found["var/y"].islnk(), found["var/y"].linkname) == (True, "var/x")
+    assert found["var/q"].isfifo()
+
+
 def test_the_same_content_is_the_same_layer(overlay: Overlay) -> None:
     overlay.change("for n in $(seq 200); do echo $n > var/$n; done; touch -d @7 var/* var .; rm etc/passwd")
     one = overlay._run("--layer")
