@@ -19,7 +19,7 @@
 #define ADD_ENTROPY _IOW('R', 0x03, int[2])
 #define RESEED _IO('R', 0x07)
 
-enum { ENTROPY_MIN = 16, ENTROPY_MAX = 512, TSC_MEASURE_MS = 100 };
+enum { ENTROPY_MIN = 16, ENTROPY_MAX = 512, TSC_MEASURE_MS = 100, LONG_MS = 3600000 };
 #define NS 1000000000ll
 
 bool machine_is_ours;
@@ -162,9 +162,11 @@ void idle_answer(Peer *who, uint32_t id)
     peer_reply(who, K_OK, id, &body);
 }
 
+static bool rests(int64_t left_ms) { return left_ms == -1 || left_ms >= LONG_MS; }
+
 static void answer_idle(Peer *who, const Frame *f)
 {
-    if (field_int(f->body, T_OP, 0) != 1 || idle_ms() != -1 || !exercise(who, f->id))
+    if (field_int(f->body, T_OP, 0) != 1 || !rests(idle_ms()) || !exercise(who, f->id))
         idle_answer(who, f->id);
 }
 

@@ -77,6 +77,7 @@ struct Proc {
     /* of a guest */
     bool serial;        /* its channel has no descriptors, and it greets when asked */
     int64_t spoke_ms, park_ms, park_wait_ms;
+    int64_t wake_ms;    /* of a parked one: when something in it runs by itself; 0: never */
     uint8_t parked;     /* Parking */
     uint32_t asked;     /* the number of the latest IDLE */
     bool exercised;     /* something was started in it besides MAIN, if only for the exercise */
@@ -182,7 +183,7 @@ void serial_written(Proc *p, size_t n);                /* agent: the same for st
 void serial_drained(const Peer *channel);
 void serial_ended(Proc *p);
 
-/* park.c: a machine in which nothing will happen by itself is stopped until somebody says something */
+/* park.c: a machine in which nothing will happen by itself is stopped until somebody says something, or its time comes */
 void park_spoke(Proc *g);                              /* before every frame to it, and after one from it */
 bool park_answer(Proc *g, const Frame *f);             /* true: it was for us */
 void park_woken(Proc *g);

@@ -269,6 +269,19 @@ def test_a_parked_machine_wakes_by_input(root: Root) -> None:
     conversation.close()
 
 
+def test_a_parked_machine_wakes_for_its_own_timer(root: Root) -> None:
+    """What a day is to ten seconds without a word, ten seconds are to a moment."""
+    script = "while :; do cat /proc/uptime; sleep 10; done"
+    id = root.run_detached(spec("sh", "-c", script, x_microvm={"park_s": 0.005}))
+    until_parked(qemu(root, id), 8)
+    end = time.monotonic() + 20
+    while len(found := root.ok("logs", id).split()[::2]) < 2:
+        assert time.monotonic() < end, root.ok("logs", id)
+        time.sleep(0.2)
+    assert 9.9 < float(found[1]) - float(found[0]) < 12
+    until_parked(qemu(root, id), 8)
+
+
 def test_a_machine_with_a_timer_or_work_is_not_parked(root: Root) -> None:
     busy = [
         root.run_detached(spec("sh", "-c", script, x_microvm={"park_s": 0.2}))

@@ -32,12 +32,14 @@ while True:
 
 
 class Parked:
-    def __init__(self, c: Controller, directory: Path, count: int = -1, on_idle: str = "pass") -> None:
+    def __init__(
+        self, c: Controller, directory: Path, count: int = -1, on_idle: str = "pass", park_ms: int = PARK_MS
+    ) -> None:
         self.c = c
         self.asked = directory / "asked"
         self.asked.touch()
         argv = [*guest(ANSWERS.format(count=count, on_idle=on_idle)), str(self.asked)]
-        self.pid = c.spawn("guest", argv, flags=k.F_CONTROL | k.F_SERIAL, more=[(k.T_PARK, PARK_MS)])
+        self.pid = c.spawn("guest", argv, flags=k.F_CONTROL | k.F_SERIAL, more=[(k.T_PARK, park_ms)])
 
     def times(self) -> list[float]:
         return [float(line.split()[0]) for line in self.asked.read_text().splitlines()]
@@ -129,6 +131,19 @@ def test_a_daemon_wakes_it_by_a_signal(c: Controller, tmp_path: Path) -> None:
     p.wait()
     c.ask(k.SIGNAL, [(k.T_KEY, "guest"), (k.T_SIGNAL, 18)])
     assert awake(p)
+    p.wait()
+
+
+def test_it_goes_on_when_something_in_it_is_due(c: Controller, tmp_path: Path) -> None:
+    """Two seconds are to 5 ms what an hour is to ten seconds: worth being stopped for."""
+    p = Parked(c, tmp_path, count=2000, park_ms=5)
+    p.wait()
+    first = p.times()[0]
+    time.sleep(1)
+    assert p.parked()
+    assert len(p.times()) == 1
+    wait_for(lambda: len(p.times()) == 2, "going on")
+    assert 1.9 < p.times()[1] - first < 3
     p.wait()
 
 
