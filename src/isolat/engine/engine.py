@@ -63,7 +63,7 @@ from isolat.images.progress import Progress
 from isolat.images.reference import parse_reference
 from isolat.images.store import ImageStore
 from isolat.layers import registry
-from isolat.layers.base import CanShow, Copied, Layer, Probe, State
+from isolat.layers.base import ANSWER_S, CanShow, Copied, Layer, Probe, State
 from isolat.linux.facts import record_facts
 from isolat.places.base import Command, Exit, Io, Place
 from isolat.places.link import Reactor
@@ -337,9 +337,13 @@ class Engine:
         with env.operation("stopping"):
             layer, place = entering.last(env, self.facts)
             self.table.publish("stop", env)
-            with contextlib.suppress(Lost):  # its keeper died meanwhile, which is an end as well
+            try:
                 ended = layer.stop(env.handle.frames[-1], place, grace_s, Deadline(grace_s + _STOP_MORE_S + more_s))
                 env.forced = env.forced or ended.forced
+            except Lost:
+                pass  # its keeper died meanwhile, which is an end as well
+            except DeadlineExceeded:
+                self._supervisor.kill_whole(env)  # the machine around it does not answer
         if not env.finished(OPERATION_WAIT_S + more_s):
             raise DeadlineExceeded(
                 f"{env.name} was killed, but has not come to its end", stage="stop", hint=f"isolat rm -f {env.name}"
@@ -369,7 +373,13 @@ class Engine:
         states.check(Verb.KILL, env.state, env.name)
         _, place = entering.last(env, self.facts)
         self.table.publish("kill", env, signal=signal)
-        place.signal(env.handle.frames[-1].main_key, signal, Deadline(10))
+        final = signal == signals.SIGKILL and env.handle.around is None and not carries(env)
+        try:
+            place.signal(env.handle.frames[-1].main_key, signal, Deadline(ANSWER_S if final else 10))
+        except DeadlineExceeded:
+            if signal != signals.SIGKILL or env.handle.around is not None:
+                raise
+            self._supervisor.kill_whole(env)  # a machine that does not answer can be killed all the same
 
     def fork(self, ref: str, count: int, name: str, caller: Caller) -> Forked:
         """Make so many environments that go on where this one is. ``name``: of a single one."""

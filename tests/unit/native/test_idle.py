@@ -46,7 +46,7 @@ FOREVER = {
     "futex": "import threading; threading.Lock().acquire(); x = threading.Lock(); x.acquire(); x.acquire()",
     "threads": "import sys, threading; [threading.Thread(target=sys.stdin.read).start() for _ in range(3)]",
     "for ever": f"import time; time.sleep({100 * 365 * DAY_S})",
-    "a relative time without end": "import ctypes; ctypes.CDLL(None).nanosleep((ctypes.c_long * 2)(2**63 - 1, 0), None)",
+    "no end": "import ctypes; ctypes.CDLL(None).nanosleep((ctypes.c_long * 2)(2**63 - 1, 0), None)",
     "a timer that is not set": TIMERFD.format(seconds=0),
 }
 BUSY = {
