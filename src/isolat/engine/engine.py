@@ -119,7 +119,7 @@ class Engine:
         self.events = self.table.events
         self._supervisor = Supervisor(self.table, self._endings, self.facts, self.stop)
         self.kits = Kits(self.paths, native_dir())
-        self.templates = Templates(self.paths, self._keepers, self.facts, self.kits.blanks, images)
+        self.templates = Templates(self.paths, self._keepers, self.facts, self.kits.blanks, self.table.uids, images)
         self._maker = Maker(
             self.paths,
             self.facts,
