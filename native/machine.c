@@ -8,6 +8,7 @@
 #include <net/if.h>
 #include <net/if_arp.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mount.h>
@@ -105,6 +106,18 @@ static bool own_address(const char *text, Failure *f)
     return fine;
 }
 
+/* Of the whole machine: in it there is nothing but the application, and what was started beside it. */
+static uint64_t oom_kills(void)
+{
+    char text[8192];
+    const char *line = read_small("/proc/vmstat", text, sizeof text) > 0 ? strstr(text, "\noom_kill ") : NULL;
+    return line ? strtoull(line + 10, NULL, 10) : 0;
+}
+
+static uint64_t oom_kills_before; /* in the machine that this one is a copy of */
+
+bool lacked_memory(void) { return oom_kills() > oom_kills_before; }
+
 static bool resume(Span body, Failure *f)
 {
     Span entropy, value;
@@ -125,6 +138,7 @@ static bool resume(Span body, Failure *f)
     for (char **path = field_list(body, T_PATH); *path; path++)
         if (!forget_blocks(*path, f))
             return false;
+    oom_kills_before = oom_kills();
     return loopback_up(f);
 }
 

@@ -87,6 +87,7 @@ struct Proc {
     pid_t after_pid; /* that, while it is done */
     /* of what is in a guest */
     bool with_guest;    /* it ended because its guest did */
+    bool oom;           /* it ended badly, and the machine's kernel has killed something for want of memory */
     Log *home;          /* of an environment of its own: its log and its record; NULL: the keeper's own */
 };
 
@@ -104,6 +105,7 @@ typedef struct {
     bool (*on_machine)(Peer *who, Frame *f); /* the agent's: RESUME, SETTLE, IDLE; false: not for it */
     void (*on_spawn)(const Command *c); /* the agent's, of what is neither a guest nor a launcher */
     void (*on_turn)(void);
+    bool (*lacked_memory)(void); /* the agent's, of its machine; NULL: not known */
     int64_t idle_ms;     /* how long a keeper stays without MAIN and without a controller */
     int dir;             /* the keeper's DIR, else -1 */
     int home_mounts;     /* the mount namespace that the keeper came from, else -1 */

@@ -363,6 +363,15 @@ def test_who_takes_more_memory_than_the_guest_has_is_killed_inside(root: Root) -
     assert root.state(id) == "running"
 
 
+def test_an_application_that_lacked_memory_is_told_of(root: Root) -> None:
+    grow = "kept = []\nwhile True: kept.append(bytearray(1 << 20))"
+    grown = root.run_detached(spec("python3", "-c", grow))
+    plain = root.run_detached(spec("sh", "-c", "kill -9 $$"))
+    for id, oom in ((grown, True), (plain, False)):
+        assert root.ok("wait", id).strip() == "137"
+        assert root.ask("inspect", {"env": id})["exit"]["oom"] is oom
+
+
 def _available_mib() -> float:
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 1024

@@ -11,7 +11,7 @@ until it is there, the other one is lent. It takes as much memory as that one ag
 read of the image first.
 
 A few of either kind are kept: each goes when nobody has used it for ten minutes, or sooner where memory is scarce,
-unless somebody asked for the template itself. What is lent are descriptors, so who just clones it loses nothing by that.
+unless somebody asked for the template itself. What is lent are descriptors: who is cloning it loses nothing by that.
 
 A daemon that is killed leaves them as they are, and the next one fetches them again. A keeper without a daemon lets go
 after ``KEPT_S``. A template's memory is never on disk. It holds no more than a kernel that has just booted, but it is

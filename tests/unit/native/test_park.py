@@ -233,6 +233,15 @@ def test_a_guest_gets_time_for_its_own_end(keeper: Held, tmp_path: Path) -> None
     assert said.read_text() == "done"
 
 
+def test_what_the_agent_says_of_memory_is_told_and_recorded(keeper: Held, tmp_path: Path) -> None:
+    ended = "[(k.T_KEY, 'main'), (k.T_CODE, 0), (k.T_SIGNAL, 9), (k.T_OPTIONS, 'oom')]"
+    after = f"f = recv(); say(k.OK, f.id, [(k.T_PID, 7)]); say(k.EXITED, 0, {ended}); time.sleep(60)"
+    keeper.c.spawn("guest", guest(after), flags=k.F_CONTROL | k.F_SERIAL)
+    keeper.c.spawn("main", ["x"], to="guest", flags=k.F_MAIN)
+    assert keeper.c.exited("guest/main").text(k.T_OPTIONS) == "oom"
+    assert '"oom":true' in (tmp_path / "env" / "exit.json").read_text()
+
+
 def test_the_grace_has_an_end(c: Controller) -> None:
     after = (
         "f = recv(); say(k.OK, f.id, [(k.T_PID, 7)]); say(k.EXITED, 0, [(k.T_KEY, 'main'), (k.T_CODE, 4)])\n"
