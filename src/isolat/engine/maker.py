@@ -348,6 +348,7 @@ class Maker:
             if proc.key == GUEST:
                 normal_priority(proc.pid)
         if env.link is not None:
+            env.link.name = env.name  # what is said of it is said to whoever knows that name
             normal_priority(env.link.pid)
         self._supervisor.watch(env)
 

@@ -240,7 +240,8 @@ class MicrovmLayer(Layer):
 
     def restore(self, frame: Frame, place: Place, starting: Starting, copy: Copy, io: Io, d: Deadline) -> Proc | None:
         names = tuple(_below_root(step) for step in frame.inside if _is_name(step))
-        return copies.restore(frame, place, starting, DISKS, copy, _identity(frame, ()), names, io, d)
+        hosts, identity = f"{ROOT}/etc/hosts", _identity(frame, ())
+        return copies.restore(frame, place, starting, DISKS, copy, identity, names, hosts, io, d)
 
     # others inside
 
@@ -360,6 +361,7 @@ def _machine(job: Job, kit: MachineKit) -> argv.Machine:
             f"a disk of {job.spec.disk_bytes >> 20} MiB is too small for a file system",
             hint=f"give it at least {blank.MIN_BYTES >> 20} MiB",
         )
+    machines.check_disk(job)
     return argv.Machine(
         binary=kit.qemu,
         accel=kit.accel,

@@ -166,6 +166,8 @@ def _refuse(job: Job) -> None:
                 hint=f"give it --{name} {least >> 20}m or more, or use another layer",
             )
 
+    machines.check_disk(job)
+
 
 def _pc(job: Job, kit: MachineKit) -> pc.Pc:
     if not kit.pc:
