@@ -126,6 +126,12 @@ def test_a_child_is_named_in_its_hosts_file_and_keeps_what_was_added_there(root:
     assert counter[:12] in inside(root, counter, "cat /etc/hosts")
 
 
+def test_a_machine_with_a_root_that_is_only_read_can_be_forked(root: Root) -> None:
+    id = root.run_detached(spec("sleep", "600", read_only=True))
+    (child,) = fork(root, id, 1)
+    assert inside(root, child, "cat /etc/hostname /proc/sys/kernel/hostname").split() == [id[:12], child[:12]]
+
+
 def test_a_parent_is_not_disturbed(root: Root) -> None:
     """Twenty megabytes go through it while it is forked; none is lost, doubled or cut."""
     data = random.Random(3).randbytes(MIB) * 20

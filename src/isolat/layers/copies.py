@@ -109,7 +109,7 @@ def restore(
 ) -> Proc | None:
     """Make the machine that was begun this copy, and bind its application to its keeper.
 
-    ``hosts``: where its hosts file is.
+    ``hosts``: where its hosts file is; empty where nothing can be written.
     """
     if frame.main is None:
         raise InternalError("a copy has no application")
@@ -118,7 +118,8 @@ def restore(
     inside.resume(identity, d)
     mark("machine-resumed")
     inside.carry_out(names, d)
-    _rename_in(inside, hosts, identity.host, d)
+    if hosts:
+        _rename_in(inside, hosts, identity.host, d)
     mark("machine-named")
     return place.spawn(frame.main_key, frame.main, replace(io, main=True), d)
 

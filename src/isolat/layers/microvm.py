@@ -239,8 +239,9 @@ class MicrovmLayer(Layer):
         return copies.begin(frame, place, d)
 
     def restore(self, frame: Frame, place: Place, starting: Starting, copy: Copy, io: Io, d: Deadline) -> Proc | None:
-        names = tuple(_below_root(step) for step in frame.inside if _is_name(step))
-        hosts, identity = f"{ROOT}/etc/hosts", _identity(frame, ())
+        fixed = _overlay(True) in frame.inside
+        names = tuple(_below_root(step) for step in frame.inside if _is_name(step) and not fixed)
+        hosts, identity = "" if fixed else f"{ROOT}/etc/hosts", _identity(frame, ())
         return copies.restore(frame, place, starting, DISKS, copy, identity, names, hosts, io, d)
 
     # others inside
@@ -553,7 +554,7 @@ def _below_root(step: Step) -> Step:
 
 
 def _is_name(step: Step) -> bool:
-    """What a copy must not share with the machine that it is a copy of. Left alone where nothing can be written."""
+    """What a copy must not share with the machine that it is a copy of. Left alone in a root that is only read."""
     return isinstance(step, PutFile) and step.path in (f"{NAMES}/etc/hostname", f"{NAMES}/etc/machine-id")
 
 
