@@ -52,6 +52,12 @@ def test_a_forced_stop_loses_nothing_that_was_written(root: Root) -> None:
     assert "kept" in root.ok("cp", f"{id}:/root/file", "-")
 
 
+def test_one_whose_time_is_over_loses_nothing_either(root: Root) -> None:
+    id = _stubborn(root, x_timeout="4s", stop_grace_period="1s")
+    assert root.ok("wait", id).strip() == "137"
+    assert "kept" in root.ok("cp", f"{id}:/root/file", "-")
+
+
 def test_one_that_hangs_is_stopped_in_time(root: Root) -> None:
     id = _stubborn(root)
     _hang(root, id)
