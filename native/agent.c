@@ -37,6 +37,7 @@ static void serve(int fd)
     node.on_machine = machine_request;
     node.on_spawn = exercise_learn;
     node.on_turn = exercise_turn;
+    node.lacked_memory = machine_is_ours ? lacked_memory : NULL;
     prctl(PR_SET_DUMPABLE, 0); /* what runs beside us may be root: it shall not look into us */
     if (!node.pid1)
         prctl(PR_SET_CHILD_SUBREAPER, 1);

@@ -107,6 +107,7 @@ static bool guest_exited(Proc *g, const Frame *f)
     if (!p || !p->remote || p->guest != g || p->state != ALIVE || f->nfds || !within(code, 255) || !within(signal, 64))
         return false;
     p->with_guest = !strcmp(field_text(f->body, T_STAGE), "guest");
+    p->oom = (p->flags & (F_MAIN | F_APART)) == F_MAIN && !strcmp(field_text(f->body, T_OPTIONS), "oom");
     proc_exited(p, (int)code, (int)signal);
     return true;
 }

@@ -4,8 +4,9 @@
    A task is at rest when it is stopped or asleep in a system call that waits for somebody else without a deadline
    (/proc/PID/task/TID/syscall, proc(5)), and its process has no timer that could wake it: timerfds (fdinfo),
    timer_create(2) (/proc/PID/timers), setitimer(2) (/proc/timer_list, where the whole machine is ours), time limits
-   of sockets (SO_RCVTIMEO). Where a deadline is absolute, what is left is known; a relative one's start is not, so it
-   counts as near unless it is longer than a day.
+   of sockets (SO_RCVTIMEO). Where a deadline is absolute, what is left is known. When a relative one began is not, so
+   the first timer that wakes a task (/proc/timer_list) counts for it; where that can't be asked, it counts as near.
+   Only what is years away is never: that is how programs say so that have to name a time.
 
    What it does not see: timers of the kernel itself, such as those of open TCP connections, and io_uring's, whose
    waiters count as busy. An agent that is no machine's (tests) looks at its own descendants only. */
@@ -28,7 +29,7 @@
 #define NR_PIDFD_GETFD 438
 
 #define NEVER INT64_MAX
-#define DAY_S 86400
+#define NEVER_S (10ll * 365 * 86400) /* `sleep infinity` arms the end of time, Java's longest wait is 3 years */
 #define KTHREAD 0x00200000 /* PF_KTHREAD, include/linux/sched.h */
 #define LOW_STACK (1ull << 32)
 
@@ -89,12 +90,47 @@ static bool peek_time(pid_t pid, uint64_t at, int64_t time[2])
     return n == 16;
 }
 
+/* Of all tasks, in ms: " #1: <0>, hrtimer_wakeup, S:01", and in the next line "[in 4966 to 5016 nsecs]". What is told of
+   a relative wait is exact, whatever its clock: it is kept by the monotonic one (kernel/time/hrtimer.c). */
+static int64_t first_wakeup(void)
+{
+    FILE *f = fopen("/proc/timer_list", "re");
+    char line[256];
+    bool wakes = false;
+    int64_t first = NEVER;
+    if (!f)
+        return 0;
+    while (fgets(line, sizeof line, f)) {
+        const char *in = wakes ? strstr(line, "[in ") : NULL;
+        if (in) {
+            int64_t left = strtoll(in + 4, NULL, 10) / 1000000;
+            if (left < first)
+                first = left > 0 ? left : 0;
+        }
+        wakes = strstr(line, " hrtimer_wakeup") != NULL;
+    }
+    fclose(f);
+    return first == NEVER ? 0 : first; /* somebody was to be woken: it has just happened */
+}
+
+static int64_t left_of_seconds(int64_t seconds)
+{
+    if (seconds >= NEVER_S)
+        return NEVER;
+    return machine_is_ours ? first_wakeup() : 0;
+}
+
 static int64_t left_of_span(pid_t pid, uint64_t at)
 {
     int64_t time[2];
     if (!at)
         return NEVER;
-    return peek_time(pid, at, time) && time[0] >= DAY_S ? NEVER : 0;
+    return peek_time(pid, at, time) ? left_of_seconds(time[0]) : 0;
+}
+
+static int64_t left_of_ms(int32_t ms)
+{
+    return ms < 0 ? NEVER : ms ? left_of_seconds(ms / 1000) : 0;
 }
 
 static int64_t left_until(pid_t pid, uint64_t at, clockid_t clock)
@@ -105,7 +141,7 @@ static int64_t left_until(pid_t pid, uint64_t at, clockid_t clock)
         return NEVER;
     if (!peek_time(pid, at, time) || clock_gettime(clock, &now))
         return 0;
-    if (time[0] - now.tv_sec > DAY_S)
+    if (time[0] >= NEVER_S + now.tv_sec)
         return NEVER;
     int64_t left = (time[0] - now.tv_sec) * 1000 + (time[1] - now.tv_nsec) / 1000000;
     return left > 0 ? left : 0;
@@ -115,7 +151,13 @@ static int64_t left_of_sleep(const Call *c)
 {
     if (c->arg[1] & TIMER_ABSTIME)
         return left_until(c->pid, c->arg[2], (clockid_t)c->arg[0]);
-    return left_of_span(c->pid, c->arg[2]);
+    switch ((clockid_t)c->arg[0]) {
+    case CLOCK_REALTIME:
+    case CLOCK_MONOTONIC:
+    case CLOCK_BOOTTIME:
+        return left_of_span(c->pid, c->arg[2]);
+    }
+    return 0; /* of processor time, or of a clock that is only kept as a time of day */
 }
 
 static int64_t left_of_futex(const Call *c)
@@ -176,7 +218,7 @@ static int64_t left_of_call(const Call *c)
     case SPAN:
         return left_of_span(c->pid, c->arg[k->arg]);
     case MILLIS:
-        return (int32_t)c->arg[k->arg] < 0 || (int32_t)c->arg[k->arg] > DAY_S * 1000 ? NEVER : 0;
+        return left_of_ms((int32_t)c->arg[k->arg]);
     case SLEEP:
         return left_of_sleep(c);
     case FUTEX:
@@ -292,7 +334,9 @@ static int64_t left_of_timerfd(pid_t pid, const char *fd)
     const char *value = strstr(text, "it_value: (");
     if (!value || sscanf(value, "it_value: (%lld, %lld)", &seconds, &nanoseconds) != 2)
         return 0;
-    return seconds || nanoseconds ? seconds * 1000 + nanoseconds / 1000000 : NEVER;
+    if (seconds >= NEVER_S || (!seconds && !nanoseconds))
+        return NEVER;
+    return seconds * 1000 + nanoseconds / 1000000;
 }
 
 static bool has_posix_timers(pid_t pid)
@@ -377,8 +421,11 @@ static int64_t look(void)
 int64_t idle_ms(void)
 {
     int64_t left = look();
-    if (left != NEVER)
+    if (left <= 0)
         return left;
     uint64_t before = runs;
-    return look() == NEVER && runs == before ? -1 : 0;
+    left = look();
+    if (runs != before)
+        return 0;
+    return left == NEVER ? -1 : left;
 }

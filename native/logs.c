@@ -126,8 +126,9 @@ void log_exit(const Proc *p)
     else
         snprintf(code, sizeof code, "%d", p->code);
     int n = snprintf(text, sizeof text,
-                     "{\"version\":1,\"started_ns\":%" PRId64 ",\"ended_ns\":%" PRId64 ",\"code\":%s,\"signal\":%s%s}\n",
-                     p->started_ns, p->ended_ns, code, signal, p->with_guest ? ",\"with_guest\":true" : "");
+                     "{\"version\":1,\"started_ns\":%" PRId64 ",\"ended_ns\":%" PRId64 ",\"code\":%s,\"signal\":%s%s%s}\n",
+                     p->started_ns, p->ended_ns, code, signal, p->with_guest ? ",\"with_guest\":true" : "",
+                     p->oom ? ",\"oom\":true" : "");
     bool fine = write_all(fd, text, (size_t)n);
     close(fd);
     if (fine)

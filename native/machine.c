@@ -8,6 +8,7 @@
 #include <net/if.h>
 #include <net/if_arp.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mount.h>
@@ -19,7 +20,7 @@
 #define ADD_ENTROPY _IOW('R', 0x03, int[2])
 #define RESEED _IO('R', 0x07)
 
-enum { ENTROPY_MIN = 16, ENTROPY_MAX = 512, TSC_MEASURE_MS = 100 };
+enum { ENTROPY_MIN = 16, ENTROPY_MAX = 512, TSC_MEASURE_MS = 100, LONG_MS = 3600000 };
 #define NS 1000000000ll
 
 bool machine_is_ours;
@@ -105,6 +106,18 @@ static bool own_address(const char *text, Failure *f)
     return fine;
 }
 
+/* Of the whole machine: in it there is nothing but the application, and what was started beside it. */
+static uint64_t oom_kills(void)
+{
+    char text[8192];
+    const char *line = read_small("/proc/vmstat", text, sizeof text) > 0 ? strstr(text, "\noom_kill ") : NULL;
+    return line ? strtoull(line + 10, NULL, 10) : 0;
+}
+
+static uint64_t oom_kills_before; /* in the machine that this one is a copy of */
+
+bool lacked_memory(void) { return oom_kills() > oom_kills_before; }
+
 static bool resume(Span body, Failure *f)
 {
     Span entropy, value;
@@ -125,6 +138,7 @@ static bool resume(Span body, Failure *f)
     for (char **path = field_list(body, T_PATH); *path; path++)
         if (!forget_blocks(*path, f))
             return false;
+    oom_kills_before = oom_kills();
     return loopback_up(f);
 }
 
@@ -162,9 +176,11 @@ void idle_answer(Peer *who, uint32_t id)
     peer_reply(who, K_OK, id, &body);
 }
 
+static bool rests(int64_t left_ms) { return left_ms == -1 || left_ms >= LONG_MS; }
+
 static void answer_idle(Peer *who, const Frame *f)
 {
-    if (field_int(f->body, T_OP, 0) != 1 || idle_ms() != -1 || !exercise(who, f->id))
+    if (field_int(f->body, T_OP, 0) != 1 || !rests(idle_ms()) || !exercise(who, f->id))
         idle_answer(who, f->id);
 }
 

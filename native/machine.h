@@ -8,6 +8,7 @@ int boot_as_pid1(void);       /* from the initramfs to a root of our own; the po
 int boot_service_port(void);  /* the port, in a whole operating system; dies where there is none */
 bool machine_request(Peer *who, Frame *f); /* RESUME, SETTLE, IDLE */
 int64_t idle_ms(void);        /* until something in here runs by itself; 0: now, -1: never */
+bool lacked_memory(void);     /* the kernel has killed something for want of memory, since this machine is its own */
 int print_tsc_khz(void);
 int ahead_main(int argc, char **argv); /* --ahead, --nothing; -1: neither */
 void idle_answer(Peer *who, uint32_t id);

@@ -77,6 +77,7 @@ struct Proc {
     /* of a guest */
     bool serial;        /* its channel has no descriptors, and it greets when asked */
     int64_t spoke_ms, park_ms, park_wait_ms;
+    int64_t wake_ms;    /* of a parked one: when something in it runs by itself; 0: never */
     uint8_t parked;     /* Parking */
     uint32_t asked;     /* the number of the latest IDLE */
     bool exercised;     /* something was started in it besides MAIN, if only for the exercise */
@@ -86,6 +87,7 @@ struct Proc {
     pid_t after_pid; /* that, while it is done */
     /* of what is in a guest */
     bool with_guest;    /* it ended because its guest did */
+    bool oom;           /* it ended badly, and the machine's kernel has killed something for want of memory */
     Log *home;          /* of an environment of its own: its log and its record; NULL: the keeper's own */
 };
 
@@ -103,6 +105,7 @@ typedef struct {
     bool (*on_machine)(Peer *who, Frame *f); /* the agent's: RESUME, SETTLE, IDLE; false: not for it */
     void (*on_spawn)(const Command *c); /* the agent's, of what is neither a guest nor a launcher */
     void (*on_turn)(void);
+    bool (*lacked_memory)(void); /* the agent's, of its machine; NULL: not known */
     int64_t idle_ms;     /* how long a keeper stays without MAIN and without a controller */
     int dir;             /* the keeper's DIR, else -1 */
     int home_mounts;     /* the mount namespace that the keeper came from, else -1 */
@@ -182,7 +185,7 @@ void serial_written(Proc *p, size_t n);                /* agent: the same for st
 void serial_drained(const Peer *channel);
 void serial_ended(Proc *p);
 
-/* park.c: a machine in which nothing will happen by itself is stopped until somebody says something */
+/* park.c: a machine in which nothing will happen by itself is stopped until somebody says something, or its time comes */
 void park_spoke(Proc *g);                              /* before every frame to it, and after one from it */
 bool park_answer(Proc *g, const Frame *f);             /* true: it was for us */
 void park_woken(Proc *g);

@@ -437,6 +437,8 @@ void proc_exited(Proc *p, int code, int signal)
     p->code = code;
     p->signal = signal;
     p->ended_ns = now_ns();
+    if (node.lacked_memory && (code || signal))
+        p->oom = node.lacked_memory();
     /* MAIN's guest goes first: then nobody can write any more, and the streams can be read to their end. The same
        where the guest is gone. Elsewhere a background child may hold the stream open: take what is there. */
     if (takes_its_guest(p))
@@ -463,6 +465,8 @@ void proc_put_exit(Buf *b, const Proc *p)
     put_int(b, T_TIME, p->ended_ns);
     if (p->with_guest)
         put_text(b, T_STAGE, "guest");
+    if (p->oom)
+        put_text(b, T_OPTIONS, "oom");
 }
 
 /* Once it is drained: record, then tell. */

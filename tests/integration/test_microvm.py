@@ -269,6 +269,19 @@ def test_a_parked_machine_wakes_by_input(root: Root) -> None:
     conversation.close()
 
 
+def test_a_parked_machine_wakes_for_its_own_timer(root: Root) -> None:
+    """What a day is to ten seconds without a word, ten seconds are to a moment."""
+    script = "while :; do cat /proc/uptime; sleep 10; done"
+    id = root.run_detached(spec("sh", "-c", script, x_microvm={"park_s": 0.005}))
+    until_parked(qemu(root, id), 8)
+    end = time.monotonic() + 20
+    while len(found := root.ok("logs", id).split()[::2]) < 2:
+        assert time.monotonic() < end, root.ok("logs", id)
+        time.sleep(0.2)
+    assert 9.9 < float(found[1]) - float(found[0]) < 12
+    until_parked(qemu(root, id), 8)
+
+
 def test_a_machine_with_a_timer_or_work_is_not_parked(root: Root) -> None:
     busy = [
         root.run_detached(spec("sh", "-c", script, x_microvm={"park_s": 0.2}))
@@ -348,6 +361,15 @@ def test_who_takes_more_memory_than_the_guest_has_is_killed_inside(root: Root) -
     assert _group(root, id, "pids.max") == 128
     assert available - _available_mib() < 400
     assert root.state(id) == "running"
+
+
+def test_an_application_that_lacked_memory_is_told_of(root: Root) -> None:
+    grow = "kept = []\nwhile True: kept.append(bytearray(1 << 20))"
+    grown = root.run_detached(spec("python3", "-c", grow))
+    plain = root.run_detached(spec("sh", "-c", "kill -9 $$"))
+    for id, oom in ((grown, True), (plain, False)):
+        assert root.ok("wait", id).strip() == "137"
+        assert root.ask("inspect", {"env": id})["exit"]["oom"] is oom
 
 
 def _available_mib() -> float:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.integration.test_microvm import IDENTITY, LAYER, differ, told_right
-from tests.support.microvms import machines, memory_of, qemu, spec, template_memory
+from tests.support.microvms import children, machines, memory_of, qemu, spec, status, template_memory
 from tests.support.roots import Root, clean_root, private_root
+from tests.support.traces import processes
 
 pytestmark = pytest.mark.root
 
@@ -67,6 +70,28 @@ def _exec(root: Root, id: str, script: str) -> str:
 
 def _is_clone_of(root: Root, id: str, template: dict[str, Any]) -> bool:
     return memory_of(qemu(root, id)).stat().st_ino == template_memory(root, template["key"]).stat().st_ino
+
+
+def test_it_is_made_under_a_uid_of_its_own() -> None:
+    with private_root() as root:
+        root.start_daemon()
+        makers: set[str] = set()
+        with ThreadPoolExecutor() as beside:
+            running = beside.submit(root.run_detached, spec("sleep", "600"))
+            while not running.done():
+                makers |= _makers(root)
+        assert makers - {"0\t0\t0\t0"}
+        assert status(qemu(root, running.result()))["Uid"] not in makers
+
+
+def _makers(root: Root) -> set[str]:
+    """The uids of the QEMUs of which a template is being made just now."""
+    found = set()
+    for keeper in processes(f"{root.path}/templates/"):
+        with contextlib.suppress(OSError):
+            told = [status(pid) for pid in children(keeper)]
+            found |= {one["Uid"] for one in told if one["Name"].startswith("qemu")}
+    return found
 
 
 def test_the_next_run_is_a_clone_of_it(root: Root, template: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from isolat.errors import IsolatError
 from tests.integration.test_microvm import IDENTITY, LAYER, differ, told_right
 from tests.support import traces
 from tests.support.microvms import machines, qemu, spec, status, until_warm, warm
@@ -56,6 +57,21 @@ def test_it_is_refilled_and_no_machine_is_given_twice(pool: Root) -> None:
     until_warm(pool, MOST)
     assert json.loads(pool.ok("template", "ls", "--json"))["warm"] == MOST
     assert pool.environments() == [], "what nobody has asked for is nobody's environment"
+
+
+def test_what_is_said_of_one_names_whose_it_is_now(pool: Root) -> None:
+    until_warm(pool, MOST)
+    id = pool.run_detached(spec("sleep", "600", container_name="taken"))
+    keeper = int(pool.ask("inspect", {"env": id})["keeper_pid"])
+    os.kill(keeper, signal.SIGSTOP)
+    try:
+        with pytest.raises(IsolatError) as told:
+            pool.ask("kill", {"env": id, "signal": "USR1"})
+    finally:
+        os.kill(keeper, signal.SIGCONT)
+    assert "taken" in told.value.message
+    assert "warm-" not in told.value.message
+    pool.ask("rm", {"env": id, "force": True})
 
 
 def test_machines_of_the_pool_differ_and_have_the_right_time(pool: Root) -> None:

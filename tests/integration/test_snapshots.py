@@ -116,6 +116,22 @@ def test_children_have_their_own_identity_and_the_right_time(root: Root, counter
         assert len({told[n] for told in seen}) == len(seen), what
 
 
+def test_a_child_is_named_in_its_hosts_file_and_keeps_what_was_added_there(root: Root, counter: str) -> None:
+    inside(root, counter, "echo 10.0.0.1 other >> /etc/hosts")
+    (child,) = fork(root, counter, 1)
+    told = inside(root, child, "cat /etc/hosts")
+    assert f"127.0.1.1\t{child[:12]}\n" in told
+    assert counter[:12] not in told
+    assert "10.0.0.1 other" in told
+    assert counter[:12] in inside(root, counter, "cat /etc/hosts")
+
+
+def test_a_machine_with_a_root_that_is_only_read_can_be_forked(root: Root) -> None:
+    id = root.run_detached(spec("sleep", "600", read_only=True))
+    (child,) = fork(root, id, 1)
+    assert inside(root, child, "cat /etc/hostname /proc/sys/kernel/hostname").split() == [id[:12], child[:12]]
+
+
 def test_a_parent_is_not_disturbed(root: Root) -> None:
     """Twenty megabytes go through it while it is forked; none is lost, doubled or cut."""
     data = random.Random(3).randbytes(MIB) * 20

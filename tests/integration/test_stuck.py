@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from isolat.errors import UsageError
 from tests.support.roots import Root
 
 pytestmark = pytest.mark.root
@@ -67,6 +68,29 @@ def test_a_keeper_that_does_not_answer_for_a_while_is_not_taken_for_dead(fresh_r
         time.sleep(0.5)
     fresh_root.ok("exec", id, "true")
     fresh_root.ok("rm", "-f", id)
+
+
+def test_a_forced_removal_that_waits_for_its_keeper_tells_when_it_ended(fresh_root: Root) -> None:
+    id = fresh_root.ok("run", "-d", "debian", "sleep", "600").strip()
+    keeper = int((fresh_root.path / "envs" / id / "keeper.pid").read_text())
+    os.kill(keeper, signal.SIGSTOP)
+    removing = fresh_root.popen("rm", "-f", id)
+    try:
+        end = time.monotonic() + 20
+        while not (told := fresh_root.environments()[0]["status"]).startswith("exited"):
+            assert time.monotonic() < end, told
+            time.sleep(0.1)
+        assert " d ago" not in told
+    finally:
+        os.kill(keeper, signal.SIGCONT)
+    removing.communicate(timeout=60)
+    fresh_root.cli("rm", "-f", id)
+
+
+def test_more_words_than_a_process_can_have_are_refused(fresh_root: Root) -> None:
+    id = fresh_root.ok("run", "-d", "--layer", "host", "debian", "sleep", "600").strip()
+    with pytest.raises(UsageError, match="at most"):
+        fresh_root.ask("exec", {"env": id, "command": ["true", *(12 * ["x" * 100_000])]})
 
 
 def test_a_removal_that_fails_is_tried_again_until_it_works(fresh_root: Root) -> None:

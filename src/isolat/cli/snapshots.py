@@ -11,12 +11,13 @@ from isolat.client import connect, terminal, times
 
 _OWN = frozenset({"root", "from_snapshot", "detach", "interactive", "tty", "rm", "name"})
 _COMMAND_CHARACTERS = 40
+_CHILDREN_MOST = 100  # of the daemon's, which this command does not load
 
 
 def fork(parsed: o.Parsed) -> int:
     text = parsed.text("number", "1")
-    if not text.isdecimal() or not int(text):
-        raise o.usage_error(f"fork: -n {text}", "how many children: a number")
+    if not text.isdecimal() or not 1 <= int(text) <= _CHILDREN_MOST:
+        raise o.usage_error(f"fork: -n {text}", f"how many children: from 1 to {_CHILDREN_MOST}")
     args = {"env": parsed.words[0], "count": int(text), "name": parsed.text("name")}
     found = connect.ask(connect.find_root(parsed.values.get("root")), "fork", args)
     if parsed.flag("json"):

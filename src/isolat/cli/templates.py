@@ -51,8 +51,7 @@ def _row(row: dict[str, Any]) -> list[str]:
 
 def rm(parsed: o.Parsed) -> int:
     def act(root: str, template: str) -> str:
-        connect.ask(root, "template_rm", {"template": template})
-        return template
+        return str(connect.ask(root, "template_rm", {"template": template})["id"])
 
     return manage.each(parsed, act)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+from isolat.engine.journal import log_defect
+
 Work = Callable[[], None]
 _ENDS_S = 60.0
 
@@ -48,4 +50,7 @@ class Aside:
                 if self.closed:
                     return
             if work is not None:
-                work()
+                try:
+                    work()
+                except Exception as error:
+                    log_defect(self._name, error)

@@ -1,7 +1,8 @@
 """What is made behind the back of whoever asked for it, so that the next one finds it: templates of images.
 
 One after the other, a moment after they were asked for. A few are kept: the one that nobody has asked for the
-longest makes room, each goes when nobody has for ten minutes, and none is made while memory is scarce.
+longest makes room, each goes when nobody has for ten minutes, and none is made while memory is scarce. When hardly any
+is left, each goes that nobody needs just now.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from isolat.engine import admission
 from isolat.engine.aside import Aside, Work
 from isolat.engine.journal import log
 from isolat.engine.warm import MEMORY_FREE_BYTES
-from isolat.errors import IsolatError
 
 DEFAULT_MOST = 4
 UNUSED_S = 600.0
+SCARCE_BYTES = 512 << 20
+SCARCE_UNUSED_S = 30.0
 _PAUSE_S = 0.3  # after it was asked for first: who asked goes first
 _FAILED_S = 30.0
 
@@ -37,11 +39,11 @@ class _Kind:
 class Behind:
     """``remove`` takes away one that is there; it may be gone already."""
 
-    def __init__(self, remove: Remove, most: int) -> None:
+    def __init__(self, remove: Remove, most: int, name: str = "behind") -> None:
         self._remove = remove
         self._most = most
         self._kinds: dict[str, _Kind] = {}
-        self._aside = Aside("behind", self._next, self._wait_s)
+        self._aside = Aside(name, self._next, self._wait_s)
 
     def want(self, key: str, make: Make) -> None:
         """Make it soon, unless it is being made."""
@@ -73,7 +75,7 @@ class Behind:
         """What is to be done next, if anything; with the lock held."""
         now = time.monotonic()
         oldest = min(self._kinds, key=lambda key: self._kinds[key].asked_s, default="")
-        if oldest and (len(self._kinds) > self._most or now - self._kinds[oldest].asked_s > UNUSED_S):
+        if oldest and (len(self._kinds) > self._most or now - self._kinds[oldest].asked_s > _kept_s()):
             del self._kinds[oldest]
             return partial(self._remove, oldest)
         for key, kind in self._kinds.items():
@@ -88,7 +90,7 @@ class Behind:
             return
         try:
             make()
-        except (IsolatError, OSError) as error:
+        except Exception as error:  # what ends this thread would be the end of all templates
             log(f"a template of an image could not be made: {error}")
             kind.not_before_s = time.monotonic() + _FAILED_S
             return
@@ -97,3 +99,7 @@ class Behind:
             kept = self._kinds.get(key) is kind and not self._aside.closed
         if not kept:
             self._remove(key)
+
+
+def _kept_s() -> float:
+    return SCARCE_UNUSED_S if admission.memory_available_bytes() < SCARCE_BYTES else UNUSED_S

@@ -51,7 +51,7 @@ class Endings:
         handle = env.handle
         carried = carried or self.carry_back(env)
         if exit is not None:
-            exit = replace(exit, forced=env.forced or exit.forced, oom=self.oom(env))
+            exit = replace(exit, forced=env.forced or exit.forced, oom=exit.oom or self.oom(env))
         steps = [step for step in handle.frames[0].steps if not _kept(step)]
         try:
             self._revert(env, steps)

@@ -15,6 +15,7 @@ import queue
 import signal as signals
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,7 @@ from isolat.errors import (
     NotFound,
     StartFailed,
     Unsupported,
+    UsageError,
 )
 from isolat.images.building.storage import CACHE, Storage
 from isolat.images.pool import Pool
@@ -63,11 +65,12 @@ from isolat.images.progress import Progress
 from isolat.images.reference import parse_reference
 from isolat.images.store import ImageStore
 from isolat.layers import registry
-from isolat.layers.base import CanShow, Copied, Layer, Probe, State
+from isolat.layers.base import ANSWER_S, CanShow, Copied, Layer, Probe, State
 from isolat.linux.facts import record_facts
 from isolat.places.base import Command, Exit, Io, Place
 from isolat.places.link import Reactor
 from isolat.places.wired import WiredPlace
+from isolat.wire.kinds import MAX_BODY_BYTES
 
 if TYPE_CHECKING:
     from isolat.images.building.builder import Builder
@@ -78,6 +81,8 @@ if TYPE_CHECKING:
 _STOP_MORE_S = 10.0
 _HAND_OVER_S = 120.0  # a machine may take so long to hand over its volumes: native/after.c
 _SCREEN_S = 30.0
+_FIELD_BYTES = 5  # of a frame, before each word
+_FRAME_REST_BYTES = 16 << 10  # of a SPAWN: what is in it beside words
 
 GROUP = "isolat"
 
@@ -97,6 +102,18 @@ class ExecRequest:
     working_dir: str = ""
     user: str = ""
     io: Io = Io()
+
+
+def _check_size(argv: Sequence[str], env: Mapping[str, str]) -> None:
+    """Raises UsageError where a process could not be given all that: it travels in one frame."""
+    words = (*argv, *(f"{name}={value}" for name, value in env.items()))
+    total = sum(len(os.fsencode(word)) + _FIELD_BYTES for word in words)
+    most = MAX_BODY_BYTES - _FRAME_REST_BYTES
+    if total > most:
+        raise UsageError(
+            f"command and environment have {total} bytes in all; at most {most} are allowed",
+            hint="hand over so much on stdin, or as a file: isolat cp",
+        )
 
 
 class Engine:
@@ -119,7 +136,7 @@ class Engine:
         self.events = self.table.events
         self._supervisor = Supervisor(self.table, self._endings, self.facts, self.stop)
         self.kits = Kits(self.paths, native_dir())
-        self.templates = Templates(self.paths, self._keepers, self.facts, self.kits.blanks, images)
+        self.templates = Templates(self.paths, self._keepers, self.facts, self.kits.blanks, self.table.uids, images)
         self._maker = Maker(
             self.paths,
             self.facts,
@@ -292,6 +309,7 @@ class Engine:
         if request.io.tty:
             merged.setdefault("TERM", "xterm")
         merged.update(request.environment)
+        _check_size(request.command, merged)
         command = Command(
             argv=request.command,
             env=tuple(merged.items()),
@@ -337,9 +355,13 @@ class Engine:
         with env.operation("stopping"):
             layer, place = entering.last(env, self.facts)
             self.table.publish("stop", env)
-            with contextlib.suppress(Lost):  # its keeper died meanwhile, which is an end as well
+            try:
                 ended = layer.stop(env.handle.frames[-1], place, grace_s, Deadline(grace_s + _STOP_MORE_S + more_s))
                 env.forced = env.forced or ended.forced
+            except Lost:
+                pass  # its keeper died meanwhile, which is an end as well
+            except DeadlineExceeded:
+                self._supervisor.kill_whole(env)  # the machine around it does not answer
         if not env.finished(OPERATION_WAIT_S + more_s):
             raise DeadlineExceeded(
                 f"{env.name} was killed, but has not come to its end", stage="stop", hint=f"isolat rm -f {env.name}"
@@ -369,7 +391,13 @@ class Engine:
         states.check(Verb.KILL, env.state, env.name)
         _, place = entering.last(env, self.facts)
         self.table.publish("kill", env, signal=signal)
-        place.signal(env.handle.frames[-1].main_key, signal, Deadline(10))
+        final = signal == signals.SIGKILL and env.handle.around is None and not carries(env)
+        try:
+            place.signal(env.handle.frames[-1].main_key, signal, Deadline(ANSWER_S if final else 10))
+        except DeadlineExceeded:
+            if signal != signals.SIGKILL or env.handle.around is not None:
+                raise
+            self._supervisor.kill_whole(env)  # a machine that does not answer can be killed all the same
 
     def fork(self, ref: str, count: int, name: str, caller: Caller) -> Forked:
         """Make so many environments that go on where this one is. ``name``: of a single one."""
@@ -431,7 +459,8 @@ class Engine:
                 return
             if env.state.alive:
                 env.forced = True
-                env.handle = env.handle.with_(exit=Exit(128 + signals.SIGKILL, signals.SIGKILL, forced=True))
+                times = (env.handle.started_ns, time.time_ns())
+                env.handle = env.handle.with_(exit=Exit(128 + signals.SIGKILL, signals.SIGKILL, *times, forced=True))
             # A daemon that is killed from here on finishes the removal at its next start.
             env.save(remove=True, state=State.REMOVING)
             self._supervisor.destroy(env)

@@ -178,6 +178,7 @@ def read_exit(directory: Path) -> Exit | None:
         signal=number,
         started_ns=int(data["started_ns"]),
         ended_ns=int(data["ended_ns"]),
+        oom=bool(data.get("oom")),
         with_guest=bool(data.get("with_guest")),
     )
 

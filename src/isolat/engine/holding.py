@@ -16,7 +16,7 @@ from isolat.places.base import Place
 from isolat.qemu import forks
 from isolat.volumes import transfer
 
-Lent = tuple[int, int, Path]  # memory, state, disk
+Lent = tuple[int, int, int]  # memory, state, disk
 Lender = Callable[[TemplatePlan, Deadline], Lent]
 Bases = Callable[[Descriptor, Deadline], Path]
 _OF_TEMPLATE = frozenset({Source.TEMPLATE_MEMORY, Source.TEMPLATE_STATE, Source.TEMPLATE_COPY, Source.TEMPLATE_DISK})
@@ -71,7 +71,7 @@ class Holding:
         if template is None:
             raise InternalError("a plan wants something of a template that it does not name")
         lent = self._template(template, d)
-        for fd in lent[:2]:
+        for fd in lent:
             ours.callback(os.close, fd)
         return lent
 
@@ -145,7 +145,7 @@ def _listening(path: Path) -> tuple[socket.socket, socket.socket]:
 def _of_template(descriptor: Descriptor, lent: Lent, d: Deadline) -> int:
     memory, state, disk = lent
     if descriptor.source is Source.TEMPLATE_DISK:
-        return _copied(disk, descriptor)
+        return _copied(Path(f"/proc/self/fd/{disk}"), descriptor)
     if descriptor.source is Source.TEMPLATE_COPY:
         return _memory_like(memory, descriptor, d)
     # A description of its own: every clone reads it from the beginning.

@@ -339,11 +339,9 @@ class Maker:
             if plan is None:
                 raise Unsupported("this machine makes no templates")
             progress(f"booting a machine: {plan.memory_bytes >> 20} MiB, {plan.cpus} CPUs, {plan.accel}", 0, 0)
-            for fd in self._templates.lend(plan, d)[:2]:
-                os.close(fd)
+            return self._templates.want(plan, d)
         finally:
             self._table.give_back_uids(index)
-        return next(found for found in self._templates.all() if found.key == plan.key)
 
     def _take_over(self, env: Environment, ready: Environment, place: Place, d: Deadline) -> None:
         """From now on the machine is this environment's: at the priority of others, and watched."""
@@ -351,6 +349,7 @@ class Maker:
             if proc.key == GUEST:
                 normal_priority(proc.pid)
         if env.link is not None:
+            env.link.name = env.name  # what is said of it is said to whoever knows that name
             normal_priority(env.link.pid)
         self._supervisor.watch(env)
 

@@ -121,7 +121,7 @@ class Supervisor:
                 return
             carried = self._endings.carry_back(env)
             if env.handle.remove and not carried.kept:
-                exit = replace(exit, forced=env.forced, oom=self._endings.oom(env))
+                exit = replace(exit, forced=env.forced, oom=exit.oom or self._endings.oom(env))
                 reason = in_all(env.stop_reason or self._endings.death(env, exit), env.remark, carried.said)
                 env.handle = env.handle.with_(exit=exit, reason=reason)
                 self._table.publish("die", env, code=exit.code, signal=exit.signal)

@@ -5,9 +5,11 @@ Every change of an environment is told from here to the index and to whoever lis
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from isolat.engine import admission
@@ -92,6 +94,15 @@ class Table:
             index = admission.free_uid_index(self._uids, self._first_uid)
             self._uids.add(index)
             return index
+
+    @contextlib.contextmanager
+    def uids(self) -> Iterator[int]:
+        """The first uid of a range that nobody else has until then."""
+        index = self.take_uids()
+        try:
+            yield admission.uid_base(index)
+        finally:
+            self.give_back_uids(index)
 
     def keep_uids(self, index: int) -> None:
         """This range is somebody's whom the table does not know."""

@@ -10,6 +10,9 @@ One of an image goes on from one that knows none, and is made behind the back of
 until it is there, the other one is lent. It takes as much memory as that one again, and holds what its clones would
 read of the image first.
 
+A few of either kind are kept: each goes when nobody has used it for ten minutes, or sooner where memory is scarce,
+unless somebody asked for the template itself. What is lent are descriptors: who is cloning it loses nothing by that.
+
 A daemon that is killed leaves them as they are, and the next one fetches them again. A keeper without a daemon lets go
 after ``KEPT_S``. A template's memory is never on disk. It holds no more than a kernel that has just booted, but it is
 shared by every clone, and only sealed memory can't be changed by any of them (fcntl(2), F_SEAL_WRITE).
@@ -24,6 +27,8 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -48,6 +53,8 @@ from isolat.trace import mark
 RECORD = "template.json"
 DISK = "disk.img"
 KEPT_S = 3600
+BASES_MOST = 4  # of those that know no image and that nobody asked for: each takes about 90 MiB
+_REF_LEAST = 4
 BOOT_S = 60.0
 _FIND_S = 5.0
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
@@ -69,6 +76,7 @@ class Template:
     disk_bytes: int = 0
     image: str = ""  # the digest, of one that has an image
     file: str = ""  # which file that is: what was read of another one must not be taken for it
+    wanted: bool = False  # by somebody who asked for it: it goes only when somebody says so
 
     @property
     def id(self) -> str:
@@ -85,7 +93,8 @@ class _Open:
 
     def lent(self) -> Lent:
         """With the lock held: whoever removes it closes its descriptors, whose numbers are then somebody else's."""
-        return os.dup(self.memory), os.dup(self.state), self.disk
+        disk = os.open(self.disk, os.O_RDONLY | os.O_CLOEXEC)
+        return os.dup(self.memory), os.dup(self.state), disk
 
     def close(self) -> None:
         os.close(self.memory)
@@ -97,15 +106,24 @@ class Templates:
     """All templates of one state root."""
 
     def __init__(
-        self, paths: StateRoot, keepers: Keepers, facts: Facts, blanks: Path, images_most: int = DEFAULT_MOST
+        self,
+        paths: StateRoot,
+        keepers: Keepers,
+        facts: Facts,
+        blanks: Path,
+        uids: Callable[[], AbstractContextManager[int]],
+        images_most: int = DEFAULT_MOST,
     ) -> None:
-        """``images_most``: how many templates of images are kept."""
+        """``uids``: the first uid of a range that nobody else has; ``images_most``: how many templates of images are
+        kept."""
         self._dir = paths.root / "templates"
         self._cgroup = paths.cgroup
         self._keepers = keepers
         self._facts = facts
         self._holding = Holding(blanks, self.lend, _no_disk)
+        self._uids = uids
         self._behind = Behind(self._remove_unused, images_most)
+        self._bases = Behind(self._remove_unused, BASES_MOST, "bases")
         self._lock = threading.Lock()
         self._making: dict[str, threading.Lock] = {}
         self._open: dict[str, _Open] = {}
@@ -123,12 +141,12 @@ class Templates:
                     self._discard(directory)
                 else:
                     self._open[found.template.key] = found
-                    if found.template.image:
-                        self._behind.used(found.template.key)
+                    self._used(found)
 
     def close(self) -> None:
         """Let go of them; their keepers go on for a while."""
         self._behind.close()
+        self._bases.close()
         with self._lock:
             for one in self._open.values():
                 one.close()
@@ -139,7 +157,7 @@ class Templates:
             return sorted((one.template for one in self._open.values()), key=lambda found: found.created_ns)
 
     def lend(self, plan: TemplatePlan, d: Deadline) -> Lent:
-        """Its memory and its state, as duplicates that are the caller's, and its disk. Makes it where there is none.
+        """Its memory, its state and its disk, as duplicates that are the caller's. Makes it where there is none.
 
         Where there is none of the image yet, the one is lent that it is made from.
         """
@@ -154,20 +172,43 @@ class Templates:
             with self._lock:
                 found = self._open.get(plan.key)
                 if found is not None and not found.link.closed:
+                    self._used(found)
                     return found.lent()
             if found is not None:
                 self._lose(found)
             made = self._make(plan, d.sooner(BOOT_S))
             with self._lock:
                 self._open[plan.key] = made
+                self._used(made)
                 return made.lent()
+
+    def want(self, plan: TemplatePlan, d: Deadline) -> Template:
+        """The same, and it stays until somebody removes it."""
+        for fd in self.lend(plan, d):
+            os.close(fd)
+        with self._lock:
+            found = self._open.get(plan.key)
+            if found is None:
+                raise NotFound("the template was removed while it was made")
+            found.template = replace(found.template, wanted=True)
+            write_atomically(found.disk.parent / RECORD, json.dumps(asdict(found.template)))
+            return found.template
+
+    def _used(self, found: _Open) -> None:
+        """Somebody needs it now."""
+        if found.template.image:
+            self._behind.used(found.template.key)
+        elif not found.template.wanted:
+            self._bases.used(found.template.key)
 
     def _of_image(self, plan: TemplatePlan) -> Lent | None:
         with self._lock:
             found = self._open.get(plan.key)
             fit = found is not None and not found.link.closed and found.template.file == _file(plan)
             if found is not None and fit:
-                self._behind.used(plan.key)
+                base = self._open.get(plan.base.key) if plan.base else None
+                for one in (found, *([base] if base else [])):  # it is made again from that one
+                    self._used(one)
                 return found.lent()
         if found is not None:
             self._remove_unused(plan.key)
@@ -181,14 +222,17 @@ class Templates:
 
     def _remove_unused(self, key: str) -> None:
         with self._lock:
-            found = self._open.pop(key, None)
-        if found is not None:
-            self._end(found)
+            found = self._open.get(key)
+            if found is None or found.template.wanted:
+                return
+            del self._open[key]
+        log(f"a template that nobody has used for a while goes: {found.template.id}")
+        self._end(found)
 
     def remove(self, ref: str) -> Template:
         """Remove the one whose key begins like this; clones of it go on. Raises NotFound."""
         with self._lock:
-            keys = [key for key in self._open if ref and key.startswith(ref)]
+            keys = [key for key in self._open if len(ref) >= _REF_LEAST and key.startswith(ref)]
             if len(keys) != 1:
                 raise NotFound(f"no template {ref}", hint="`isolat template ls` lists them")
             found = self._open.pop(keys[0])
@@ -206,6 +250,11 @@ class Templates:
     # one template
 
     def _make(self, plan: TemplatePlan, d: Deadline) -> _Open:
+        """Under a uid of its own: whoever has broken out of a machine could signal and trace what has the same one."""
+        with self._uids() as uid:
+            return self._make_as(uid, plan, d)
+
+    def _make_as(self, uid: int, plan: TemplatePlan, d: Deadline) -> _Open:
         directory = self._dir / plan.key[:32]
         self._discard(directory)
         directory.mkdir(parents=True, mode=0o700)
@@ -220,7 +269,7 @@ class Templates:
             self._holding.provide(_placed(plan.descriptors, directory), plan.base, place, d)
             disks = {device: (name, read_only) for device, name, read_only in plan.disks}
             cloned = plan.base is not None
-            machine.save(place, self._command(plan), disks, plan.inside, d, exercise=plan.exercise, cloned=cloned)
+            machine.save(place, self._command(plan, uid), disks, plan.inside, d, exercise=plan.exercise, cloned=cloned)
             opened = self._opened(plan, place, link, directory, d)
             place.hold({machine.STATE: opened.state}, d)
             place.drop(
@@ -275,9 +324,9 @@ class Templates:
         limits = cgroup.Limits(memory_bytes=limit, memory_swap_bytes=limit, pids=128)
         return (Cgroup(paths, cgroup.writes(facts, self._group(plan), limits)),) if paths else ()
 
-    def _command(self, plan: TemplatePlan) -> Command:
+    def _command(self, plan: TemplatePlan, uid: int) -> Command:
         facts = self._facts.cgroups
-        return replace(plan.guest, cgroup_files=cgroup.join_files(facts, self._group(plan)))
+        return replace(plan.guest, user=f"{uid}:{uid}", cgroup_files=cgroup.join_files(facts, self._group(plan)))
 
     def _find(self, directory: Path) -> _Open | None:
         record = directory / RECORD

@@ -23,7 +23,6 @@ from isolat.engine import admission
 from isolat.engine.aside import Aside, Work
 from isolat.engine.environment import Environment
 from isolat.engine.journal import log
-from isolat.errors import IsolatError
 
 DEFAULT_MOST = 2
 KINDS_MOST = 8  # so many kinds have machines ready at once; the one that nobody has asked for the longest makes room
@@ -120,7 +119,7 @@ class WarmPool:
             return
         try:
             env = kind.make()
-        except (IsolatError, OSError) as error:
+        except Exception as error:  # what ends this thread would be the end of the pool
             log(f"a machine could not be made in advance: {error}")
             kind.not_before_s = time.monotonic() + _FAILED_S
             return

@@ -21,6 +21,7 @@ from isolat.errors import StoreError, Unsupported, UsageError
 from isolat.linux import child
 
 MIN_BYTES = 16 << 20
+MOST_BYTES = 15 << 40  # a file of ext4 ends before 16 TiB, and so does an ext4 with 32 bits for its blocks
 BLOCK_BYTES = 4096
 BYTES_PER_INODE = 16384
 MOUNT_OPTIONS = "noatime,noinit_itable"

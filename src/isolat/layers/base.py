@@ -20,6 +20,8 @@ from isolat.places.base import Command, Exit, Facts, Io, Needs, Place, Proc, Sta
 from isolat.places.steps import Step
 from isolat.spec.model import Spec
 
+ASK_S = 1.0  # so long somebody who is asked to end may take to take note
+ANSWER_S = 2.0  # and somebody who is killed
 GUEST = "guest"
 MAIN = "main"
 TOOLS = "tools"
@@ -288,12 +290,10 @@ class Layer(ABC):
 
     def stop(self, frame: Frame, place: Place, grace_s: float, d: Deadline) -> Exit:
         """Ask (``frame.stop_signal``), wait ``grace_s``, kill, reap. ``Exit.forced`` says that it had to be killed."""
-        with contextlib.suppress(IsolatError):
-            place.signal(frame.main_key, frame.stop_signal, d)
         with contextlib.suppress(DeadlineExceeded):
-            return place.wait(frame.main_key, d.sooner(grace_s))
+            return ask_to_end(frame, place, d.sooner(grace_s))
         key = frame.guest_key if frame.has_guest else frame.main_key
-        place.signal(key, signal.SIGKILL, d, everything=not frame.has_guest)
+        place.signal(key, signal.SIGKILL, d.sooner(ANSWER_S), everything=not frame.has_guest)
         return replace(place.wait(frame.main_key, d), forced=True)
 
     def inspect(self, frame: Frame, place: Place, d: Deadline) -> Status:
@@ -307,6 +307,17 @@ class Layer(ABC):
         if found[0].exit is not None:
             return Status(State.EXITED, exit=found[0].exit)
         return Status(State.RUNNING)
+
+
+def ask_to_end(frame: Frame, place: Place, d: Deadline) -> Exit:
+    """Send the application its signal, and wait for its end. Raises DeadlineExceeded.
+
+    Whoever does not even take the signal (a machine that hangs) gets no more than a moment for that: what is left of
+    the time is for what comes next.
+    """
+    with contextlib.suppress(IsolatError):
+        place.signal(frame.main_key, frame.stop_signal, d.sooner(ASK_S))
+    return place.wait(frame.main_key, d)
 
 
 @runtime_checkable

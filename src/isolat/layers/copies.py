@@ -8,24 +8,27 @@ and names of its own, and the application is bound to its new keeper by the key 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from isolat.deadline import Deadline
-from isolat.errors import InternalError, Lost, Unsupported
+from isolat.errors import InternalError, Lost, NotFound, StartFailed, Unsupported
 from isolat.layers.base import GUEST, Copied, Copy, Frame
 from isolat.places.base import Identity, Io, Place, Proc, Starting
-from isolat.places.steps import Step
+from isolat.places.steps import PutFile, Step
 from isolat.qemu import argv, dialogue, forks, machine, memory
 from isolat.qemu.qmp import Qmp
 from isolat.trace import mark
 
 COPY_VERSION = 1  # raise it when a copy of before can't go on any more
 _SPEAK_S = 10.0
+_HOSTS_MOST_BYTES = 64 << 10
 _PAUSED = "paused"
 _TSC_DRIFT = 500e-6  # what two measurements of one counter may differ by, and a guest's clock be wrong by
 
@@ -100,10 +103,14 @@ def restore(
     copy: Copy,
     identity: Identity,
     names: tuple[Step, ...],
+    hosts: str,
     io: Io,
     d: Deadline,
 ) -> Proc | None:
-    """Make the machine that was begun this copy, and bind its application to its keeper."""
+    """Make the machine that was begun this copy, and bind its application to its keeper.
+
+    ``hosts``: where its hosts file is; empty where nothing can be written.
+    """
     if frame.main is None:
         raise InternalError("a copy has no application")
     machine.restore(place, starting, disks, lambda qmp: _load(place, qmp, copy, d), d)
@@ -111,6 +118,8 @@ def restore(
     inside.resume(identity, d)
     mark("machine-resumed")
     inside.carry_out(names, d)
+    if hosts:
+        _rename_in(inside, hosts, identity.host, d)
     mark("machine-named")
     return place.spawn(frame.main_key, frame.main, replace(io, main=True), d)
 
@@ -121,6 +130,26 @@ def _load(place: Place, qmp: Qmp, copy: Copy, d: Deadline) -> None:
         return
     dialogue.stop(qmp, d)  # else it would run at once, before it has its disks: see forks.restore
     dialogue.load(qmp, machine.STATE_DESCRIPTOR, d)
+
+
+def _rename_in(inside: Place, hosts: str, name: str, d: Deadline) -> None:
+    """Have its own name where the other's was; what the application has added there stays.
+
+    What is there may be anything by now: what can't be read as a small file is left alone.
+    """
+    fd = os.memfd_create("hosts", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, _HOSTS_MOST_BYTES)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
+        inside.get(hosts, fd, d)
+        text = os.pread(fd, os.lseek(fd, 0, os.SEEK_CUR), 0).decode()
+    except (OSError, UnicodeError, NotFound, StartFailed):
+        return
+    finally:
+        os.close(fd)
+    renamed = re.sub(r"(?m)^127\.0\.1\.1\t.*$", f"127.0.1.1\t{name}", text)
+    if renamed != text:
+        inside.carry_out((PutFile(hosts, renamed),), d)
 
 
 def _pid(place: Place, d: Deadline) -> int:

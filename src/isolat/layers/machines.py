@@ -7,7 +7,8 @@ import os
 import time
 from dataclasses import replace
 
-from isolat.errors import InternalError
+from isolat.errors import InternalError, Unsupported
+from isolat.guest import blank
 from isolat.layers import common
 from isolat.layers.base import Frame, Job, MachineKit, Probe
 from isolat.linux import cgroup
@@ -43,6 +44,15 @@ def kit_of(job: Job, layer: str) -> MachineKit:
 def cpus(job: Job) -> int:
     """One processor unless more were asked for: under emulation a second one costs more than it brings."""
     return max(1, math.ceil(job.spec.cpus)) if "cpus" in common.limits_asked(job) else 1
+
+
+def check_disk(job: Job) -> None:
+    """Raises Unsupported where no file could be a disk of this size."""
+    if job.spec.disk_bytes > blank.MOST_BYTES:
+        raise Unsupported(
+            f"a disk of {job.spec.disk_bytes >> 40} TiB is more than a machine can have",
+            hint=f"give it at most {blank.MOST_BYTES >> 40} TiB; it takes only what is written to it",
+        )
 
 
 def digests(job: Job) -> tuple[str, ...]:

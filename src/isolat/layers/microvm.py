@@ -29,8 +29,8 @@ from isolat.errors import (
     CommandNotFound,
     DeadlineExceeded,
     InternalError,
-    IsolatError,
     NotExecutable,
+    NotFound,
     StartFailed,
     Unsupported,
 )
@@ -38,6 +38,7 @@ from isolat.guest import blank
 from isolat.guest.kernel import KERNEL_ARGUMENTS
 from isolat.layers import common, copies, files, hosting, live, machines, templates, volumes
 from isolat.layers.base import (
+    ANSWER_S,
     GUEST,
     Boundary,
     Capabilities,
@@ -54,6 +55,7 @@ from isolat.layers.base import (
     Source,
     TemplatePlan,
     Wanted,
+    ask_to_end,
 )
 from isolat.places.base import CgroupFacts, CgroupMode, Command, Exit, Facts, Identity, Io, Needs, Place, Proc, Starting
 from isolat.places.rooted import RootedPlace
@@ -86,7 +88,8 @@ OPTIONS = frozenset({"template", "park_s", "volumes"})
 MEMORY_MIN_BYTES = 96 << 20
 PARK_S = 10.0
 _KILL_S = 5.0
-_STOP_S = 600.0
+_FLUSH_S = 5.0  # what an application's machine has to write to its disk when that was killed
+_HAND_OVER_S, _HAND_OVER_ANSWER_S = 600.0, 10.0  # where it has volumes to hand over, who stops it has more patience
 EXERCISES = 3
 _EXT4 = "noinit_itable,no_prefetch_block_bitmaps"  # a thread for either would end in every clone
 _SYSTEM = MS_NOSUID | MS_NOEXEC | MS_NODEV
@@ -236,8 +239,10 @@ class MicrovmLayer(Layer):
         return copies.begin(frame, place, d)
 
     def restore(self, frame: Frame, place: Place, starting: Starting, copy: Copy, io: Io, d: Deadline) -> Proc | None:
-        names = tuple(_below_root(step) for step in frame.inside if _is_name(step))
-        return copies.restore(frame, place, starting, DISKS, copy, _identity(frame, ()), names, io, d)
+        fixed = _overlay(True) in frame.inside
+        names = tuple(_below_root(step) for step in frame.inside if _is_name(step) and not fixed)
+        hosts, identity = "" if fixed else f"{ROOT}/etc/hosts", _identity(frame, ())
+        return copies.restore(frame, place, starting, DISKS, copy, identity, names, hosts, io, d)
 
     # others inside
 
@@ -270,14 +275,16 @@ class MicrovmLayer(Layer):
     def stop(self, frame: Frame, place: Place, grace_s: float, d: Deadline) -> Exit:
         """As for every layer; a machine that does not even take the signal is killed.
 
-        One that has volumes to hand over gets the time for that: only its application is killed first.
+        One that has something to do after its application's end gets the time for that: only the application is killed
+        first. It writes to its disk what is in memory, or hands over its volumes.
         """
-        if frame.option("carried"):
-            with contextlib.suppress(DeadlineExceeded):
-                left_s = d.left_s(_STOP_S) or 0.0
-                return _stop_application(frame, place, grace_s, d.sooner(max(0.0, left_s - _KILL_S)))
+        left_s = d.left_s(_HAND_OVER_S) or 0.0
+        sooner = d.sooner(max(0.0, left_s - _KILL_S))
         with contextlib.suppress(DeadlineExceeded):
-            return super().stop(frame, place, grace_s, d)
+            if frame.main is None or not frame.main.after:
+                return super().stop(frame, place, grace_s, sooner)
+            patience = (_HAND_OVER_ANSWER_S, _HAND_OVER_S) if frame.option("carried") else (ANSWER_S, _FLUSH_S)
+            return _stop_application(frame, place, grace_s, *patience, sooner)
         place.signal(GUEST, signal.SIGKILL, d)
         return replace(place.wait(frame.main_key, d), forced=True)
 
@@ -287,14 +294,16 @@ class MicrovmLayer(Layer):
         return inside if frame.main is None else RootedPlace(inside, ROOT, _join())
 
 
-def _stop_application(frame: Frame, place: Place, grace_s: float, d: Deadline) -> Exit:
-    for number, seconds in ((frame.stop_signal, grace_s), (signal.SIGKILL, _STOP_S)):
-        with contextlib.suppress(IsolatError):
-            place.signal(frame.main_key, number, d)
-        with contextlib.suppress(DeadlineExceeded):
-            ended = place.wait(frame.main_key, d.sooner(seconds))
-            return replace(ended, forced=ended.signal == signal.SIGKILL)
-    raise DeadlineExceeded("the application did not end")
+def _stop_application(frame: Frame, place: Place, grace_s: float, answer_s: float, after_s: float, d: Deadline) -> Exit:
+    """Raises DeadlineExceeded where the machine does not take the signal within ``answer_s``, or what follows on the
+    application's end takes longer than ``after_s``."""
+    try:
+        ended = ask_to_end(frame, place, d.sooner(grace_s))
+    except DeadlineExceeded:
+        with contextlib.suppress(NotFound, StartFailed):  # it has ended meanwhile
+            place.signal(frame.main_key, signal.SIGKILL, d.sooner(answer_s))
+        ended = place.wait(frame.main_key, d.sooner(after_s))
+    return replace(ended, forced=ended.signal == signal.SIGKILL)
 
 
 def guest_facts(outer: Facts, frame: Frame) -> Facts:
@@ -353,6 +362,7 @@ def _machine(job: Job, kit: MachineKit) -> argv.Machine:
             f"a disk of {job.spec.disk_bytes >> 20} MiB is too small for a file system",
             hint=f"give it at least {blank.MIN_BYTES >> 20} MiB",
         )
+    machines.check_disk(job)
     return argv.Machine(
         binary=kit.qemu,
         accel=kit.accel,
@@ -544,7 +554,7 @@ def _below_root(step: Step) -> Step:
 
 
 def _is_name(step: Step) -> bool:
-    """What a copy must not share with the machine that it is a copy of. Left alone where nothing can be written."""
+    """What a copy must not share with the machine that it is a copy of. Left alone in a root that is only read."""
     return isinstance(step, PutFile) and step.path in (f"{NAMES}/etc/hostname", f"{NAMES}/etc/machine-id")
 
 

@@ -34,6 +34,7 @@ from isolat.layers.base import (
     Plan,
     Probe,
     Source,
+    ask_to_end,
 )
 from isolat.places.base import CgroupFacts, CgroupMode, Command, Exit, Facts, Io, Needs, Place, Proc
 from isolat.places.steps import PutFile, Step
@@ -105,10 +106,8 @@ class VmLayer(Layer):
 
         The machine has what the application has left of ``d``. ``forced`` where either had to be killed.
         """
-        with contextlib.suppress(IsolatError):
-            place.signal(frame.main_key, frame.stop_signal, d)
         try:
-            ended = place.wait(frame.main_key, d.sooner(grace_s))
+            ended = ask_to_end(frame, place, d.sooner(grace_s))
         except DeadlineExceeded:
             place.signal(GUEST, signal.SIGKILL, d)
             return replace(place.wait(frame.main_key, d), forced=True)
@@ -166,6 +165,8 @@ def _refuse(job: Job) -> None:
                 f"a whole PC does not boot with a {name} of {value >> 20} MiB",
                 hint=f"give it --{name} {least >> 20}m or more, or use another layer",
             )
+
+    machines.check_disk(job)
 
 
 def _pc(job: Job, kit: MachineKit) -> pc.Pc:

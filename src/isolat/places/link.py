@@ -263,6 +263,7 @@ def exit_of(frame: Frame) -> Exit:
         signal=signal,
         started_ns=times[0] if times else 0,
         ended_ns=times[1] if len(times) > 1 else 0,
+        oom=frame.text(k.T_OPTIONS) == "oom",
         with_guest=frame.text(k.T_STAGE) == "guest",
     )
 

@@ -110,6 +110,22 @@ def test_kill_and_rm(isolat: Command, daemon: Daemon) -> None:
     assert isolat("rm", "a") == 125
 
 
+def test_a_template_that_is_removed_is_named_whole(
+    isolat: Command, daemon: Daemon, capsys: pytest.CaptureFixture[str]
+) -> None:
+    daemon.on("template_rm", lambda request: request.ok(id=request.args["template"] + "f" * 12))
+    assert isolat("template", "rm", "abcd") == 0
+    assert capsys.readouterr().out == "abcdffffffffffff\n"
+
+
+@pytest.mark.parametrize("count", ["0", "101", "x"])
+def test_how_many_children_there_may_be_is_told(
+    isolat: Command, count: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert isolat("fork", "-n", count, "a") == 125
+    assert "from 1 to 100" in capsys.readouterr().err
+
+
 def test_inspect_is_a_list(isolat: Command, daemon: Daemon, capsys: pytest.CaptureFixture[str]) -> None:
     daemon.replies("inspect", id="x", name="web")
     assert isolat("inspect", "web") == 0

@@ -104,6 +104,32 @@ def test_little_memory_makes_none(maker: Behind, made: Made, monkeypatch: pytest
     assert made.tried == 0
 
 
+def test_those_that_nobody_needs_just_now_go_when_memory_gets_scarce(
+    maker: Behind, made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maker.want("a", made.make("a"))
+    until(lambda: made.there == ["a"])
+    monkeypatch.setattr(behind, "SCARCE_UNUSED_S", 0.1)
+    time.sleep(0.2)
+    maker.used("b")
+    time.sleep(0.05)
+    assert made.there == ["a"]
+    monkeypatch.setattr(admission, "memory_available_bytes", lambda: 1 << 20)
+    maker.used("b")
+    until(lambda: made.there == [])
+
+
+def test_what_it_did_not_expect_is_a_failure_like_any_other(
+    maker: Behind, made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> None:
+        raise ValueError("no")
+
+    maker.want("a", broken)
+    maker.want("b", made.make("b"))
+    until(lambda: made.there == ["b"])
+
+
 def test_a_failure_is_not_tried_at_once_again(maker: Behind, made: Made) -> None:
     made.fail = True
     maker.want("a", made.make("a"))

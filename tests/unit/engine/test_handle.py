@@ -94,9 +94,9 @@ def test_an_exit_record_tells_signals_from_codes(tmp_path: Path) -> None:
 
 
 def test_an_exit_record_tells_an_end_with_the_guest(tmp_path: Path) -> None:
-    record = {"version": 1, "started_ns": 1, "ended_ns": 2, "code": None, "signal": 9, "with_guest": True}
+    record = {"version": 1, "started_ns": 1, "ended_ns": 2, "code": None, "signal": 9, "with_guest": True, "oom": True}
     (tmp_path / "exit.json").write_text(json.dumps(record))
-    assert read_exit(tmp_path) == Exit(137, 9, 1, 2, with_guest=True)
+    assert read_exit(tmp_path) == Exit(137, 9, 1, 2, oom=True, with_guest=True)
 
 
 def test_a_guests_last_words_are_one_printable_line(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ LAYER = VmLayer()
     [
         ({"memory_bytes": 64 << 20}, "--memory 128m"),
         ({"disk_bytes": 64 << 20}, "--disk 512m"),
+        ({"disk_bytes": 100 << 40}, "15 TiB"),
         ({"kernel": "/boot/vmlinuz"}, "--kernel"),
         ({"pids_limit": 5}, "container"),
         ({"network_mode": "host"}, "none"),

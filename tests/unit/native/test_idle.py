@@ -45,8 +45,8 @@ FOREVER = {
     "sigwait": "import signal; signal.sigwait([10])",
     "futex": "import threading; threading.Lock().acquire(); x = threading.Lock(); x.acquire(); x.acquire()",
     "threads": "import sys, threading; [threading.Thread(target=sys.stdin.read).start() for _ in range(3)]",
-    "a week": f"import time; time.sleep({7 * DAY_S})",
-    "poll for a week": "import select; select.poll().poll(7 * 86_400_000)",
+    "for ever": f"import time; time.sleep({100 * 365 * DAY_S})",
+    "no end": "import ctypes; ctypes.CDLL(None).nanosleep((ctypes.c_long * 2)(2**63 - 1, 0), None)",
     "a timer that is not set": TIMERFD.format(seconds=0),
 }
 BUSY = {
@@ -56,6 +56,8 @@ BUSY = {
     "epoll": "import select; e = select.epoll(); e.register(0, 1); e.poll(1000)",
     "sigwait": "import signal; signal.sigtimedwait([10], 1000)",
     "a thread": "import threading\ndef f():\n  while True: pass\nthreading.Thread(target=f).start(); input()",
+    "poll for a week": "import select; select.poll().poll(7 * 86_400_000)",
+    "a day that may be over soon": f"import signal; signal.sigtimedwait([10], {DAY_S})",
     "a time limit": "import socket, struct; a, b = socket.socketpair();"
     " a.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack('ll', 1000, 0)); a.recv(1)",
     "a timer": TIMERS + "signal.pause()",
@@ -115,6 +117,14 @@ def test_what_runs_or_will_soon_is_not(agent: Held, name: str) -> None:
 def test_a_known_end_is_told(agent: Held, name: str) -> None:
     start(agent.c, KNOWN[name])
     wait_for(lambda: 900_000 < idle(agent.c) <= 1_000_000, name)
+
+
+@pytest.mark.parametrize(
+    "script", [f"import time; time.sleep({2 * DAY_S})", TIMERFD.format(seconds=2 * DAY_S)], ids=["until", "timerfd"]
+)
+def test_what_is_days_away_is_told_like_any_other_time(agent: Held, script: str) -> None:
+    start(agent.c, script)
+    wait_for(lambda: 1990 * DAY_S < idle(agent.c) <= 2000 * DAY_S, "its end")
 
 
 def test_a_stopped_process_and_a_dead_one_are_idle(agent: Held) -> None:

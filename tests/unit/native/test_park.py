@@ -32,12 +32,14 @@ while True:
 
 
 class Parked:
-    def __init__(self, c: Controller, directory: Path, count: int = -1, on_idle: str = "pass") -> None:
+    def __init__(
+        self, c: Controller, directory: Path, count: int = -1, on_idle: str = "pass", park_ms: int = PARK_MS
+    ) -> None:
         self.c = c
         self.asked = directory / "asked"
         self.asked.touch()
         argv = [*guest(ANSWERS.format(count=count, on_idle=on_idle)), str(self.asked)]
-        self.pid = c.spawn("guest", argv, flags=k.F_CONTROL | k.F_SERIAL, more=[(k.T_PARK, PARK_MS)])
+        self.pid = c.spawn("guest", argv, flags=k.F_CONTROL | k.F_SERIAL, more=[(k.T_PARK, park_ms)])
 
     def times(self) -> list[float]:
         return [float(line.split()[0]) for line in self.asked.read_text().splitlines()]
@@ -132,6 +134,19 @@ def test_a_daemon_wakes_it_by_a_signal(c: Controller, tmp_path: Path) -> None:
     p.wait()
 
 
+def test_it_goes_on_when_something_in_it_is_due(c: Controller, tmp_path: Path) -> None:
+    """Two seconds are to 5 ms what an hour is to ten seconds: worth being stopped for."""
+    p = Parked(c, tmp_path, count=2000, park_ms=5)
+    p.wait()
+    first = p.times()[0]
+    time.sleep(1)
+    assert p.parked()
+    assert len(p.times()) == 1
+    wait_for(lambda: len(p.times()) == 2, "going on")
+    assert 1.9 < p.times()[1] - first < 3
+    p.wait()
+
+
 def test_another_process_leaves_it_stopped(c: Controller, tmp_path: Path) -> None:
     p = Parked(c, tmp_path)
     p.wait()
@@ -216,6 +231,15 @@ def test_a_guest_gets_time_for_its_own_end(keeper: Held, tmp_path: Path) -> None
     keeper.c.close()  # a keeper that nobody needs any more waits for it all the same
     assert keeper.process.wait(5) == 0
     assert said.read_text() == "done"
+
+
+def test_what_the_agent_says_of_memory_is_told_and_recorded(keeper: Held, tmp_path: Path) -> None:
+    ended = "[(k.T_KEY, 'main'), (k.T_CODE, 0), (k.T_SIGNAL, 9), (k.T_OPTIONS, 'oom')]"
+    after = f"f = recv(); say(k.OK, f.id, [(k.T_PID, 7)]); say(k.EXITED, 0, {ended}); time.sleep(60)"
+    keeper.c.spawn("guest", guest(after), flags=k.F_CONTROL | k.F_SERIAL)
+    keeper.c.spawn("main", ["x"], to="guest", flags=k.F_MAIN)
+    assert keeper.c.exited("guest/main").text(k.T_OPTIONS) == "oom"
+    assert '"oom":true' in (tmp_path / "env" / "exit.json").read_text()
 
 
 def test_the_grace_has_an_end(c: Controller) -> None:
