@@ -141,7 +141,7 @@ def _rename_in(inside: Place, hosts: str, name: str, d: Deadline) -> None:
     try:
         os.ftruncate(fd, _HOSTS_MOST_BYTES)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
-        inside.get(hosts, fd, d)
+        inside.get(hosts, fd, _HOSTS_MOST_BYTES + 1, d)  # of one that is larger the last byte has no room
         text = os.pread(fd, os.lseek(fd, 0, os.SEEK_CUR), 0).decode()
     except (OSError, UnicodeError, NotFound, StartFailed):
         return
